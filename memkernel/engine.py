@@ -1,0 +1,372 @@
+"""The engine: text in, text out, and a memory that each update rewrites a part of."""
+
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from memkernel import ops as registered_ops
+from memkernel import weights
+from memkernel.memory import Memory
+from memkernel.model import Llama
+from memkernel.sampling import Completion, Request, SamplingParams
+
+CHUNK_TOKENS = 512  # the longest text that one update was trained on
+MIN_TOKENS = 16  # the shortest; fewer disturb the memory
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What `Engine.update` did. version: the memory's updates so far, this one included."""
+
+    chunks: int
+    tokens: int
+    seconds: float
+    version: int
+
+
+class Engine:
+    """A model, its memory and its tokenizer. Not thread-safe: one call at a time.
+
+    A prompt is a string, token ids (a list, or a tensor or array of shape [T] or [1, T]), or a list of chat messages
+    ({"role": ..., "content": ...}) to be put through the tokenizer's chat template. Several prompts are a list of
+    these, or ids of shape [B, T]. Wrong arguments raise ValueError and change nothing.
+    """
+
+    def __init__(self, model: Llama, memory: Memory | None, folder: Path):
+        self.model, self.config, self.folder = model, model.config, folder
+        self._memory = memory
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        keep_hidden: bool = False,
+        seed: int = 0,
+        draw: str = "counter",
+        ops=registered_ops,
+    ) -> "Engine":
+        """Load a checkpoint: MemoryLLM, or a plain Llama (which generates, but has no memory to update).
+
+        Args:
+            name: a folder, or a hub id (with `revision`); HF_HUB_OFFLINE and HF_TOKEN are obeyed.
+            device: "auto" is CUDA where there is one.
+            dtype: "auto" is bfloat16 where the device multiplies it natively, else float32.
+            keep_hidden: also keep the memory as hidden states, for `memory.hidden()` and `save_pretrained`.
+            seed, draw: of the random drop, see `Memory`.
+            ops: the namespace of ops to run on, `memkernel.ops` or `memkernel.reference`.
+        Raises: ValueError naming the config key, tensor, file or argument that is wrong.
+        """
+        device, dtype = choose(device, dtype)
+        folder = weights.find_folder(name, revision)
+        model, memory = weights.load(folder, dtype, device, ops, keep_hidden, seed, draw)
+        return cls(model, memory, folder)
+
+    @property
+    def memory(self) -> Memory:
+        """The memory that is read and updated. Assigning another memory of this model (a fork, say) switches to it."""
+        if self._memory is None:
+            raise ValueError(f"memory: {self.folder} is a plain Llama (its config.json has no num_blocks), it has none")
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        mine = self.memory
+        if not isinstance(memory, Memory) or memory.fingerprint != mine.fingerprint:
+            raise ValueError(f"memory: expected a Memory of this model, got {type(memory).__name__} of another")
+        if (memory.key.dtype, memory.key.device) != (mine.key.dtype, mine.key.device):
+            raise ValueError(
+                f"memory: expected {mine.key.dtype} on {mine.key.device}, got {memory.key.dtype} on {memory.key.device}"
+            )
+        self._memory = memory
+
+    @cached_property
+    def tokenizer(self):
+        """The folder's Hugging Face tokenizer, or None if it has none."""
+        if not any((self.folder / file).is_file() for file in TOKENIZER_FILES):
+            return None
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def update(self, text, *, dropped: Tensor | None = None, chunk_tokens: int | None = CHUNK_TOKENS) -> Update:
+        """Write text into the memory, chunk by chunk, each chunk dropping `write_rows` random rows of every layer.
+
+        Each chunk is taken in whole or, if an error or Ctrl-C stops it, not at all; chunks before it stay.
+
+        Args:
+            text: a string, token ids, or several of either.
+            dropped: [L, W] integers, the ranks (0 is the oldest row) to drop instead of drawing; for one chunk.
+            chunk_tokens: longest chunk, at least 16; None makes one chunk of each text.
+        """
+        memory = self.memory
+        if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < MIN_TOKENS):
+            raise ValueError(
+                f"chunk_tokens: expected an integer of at least {MIN_TOKENS}, or None, got {chunk_tokens!r}"
+            )
+        texts, _ = self._prompts("text", text)
+        for ids in texts:
+            if len(ids) < MIN_TOKENS:
+                warnings.warn(f"text of {len(ids)} tokens: fewer than {MIN_TOKENS} disturb the memory", stacklevel=3)
+        chunks = [chunk for ids in texts for chunk in split_chunks(ids, chunk_tokens)]
+        if dropped is not None and len(chunks) != 1:
+            raise ValueError(f"dropped: expected text of one chunk, got {len(chunks)} chunks")
+        began = time.perf_counter()
+        for ids in tqdm(chunks, desc="updating", unit="chunk", leave=False, disable=True if len(chunks) < 8 else None):
+            memory.write(self.model.inject(ids.to(memory.key.device), memory), dropped)
+        return Update(len(chunks), sum(map(len, chunks)), time.perf_counter() - began, memory.step)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt, **sampling) -> Completion | list[Completion]:
+        """Continue a prompt, or several in one batch; keyword arguments are those of `SamplingParams`.
+
+        Several prompts may differ in length; each gives the tokens that it would give alone, up to rounding.
+        """
+        requests, many = self._requests(prompt, sampling)
+        for _ in self._run(requests):
+            pass
+        completions = [request.completion() for request in requests]
+        return completions if many else completions[0]
+
+    def chat(self, messages: list[dict[str, str]], **sampling) -> Completion:
+        """Answer a conversation through the tokenizer's chat template."""
+        if not _is_messages(messages):
+            raise ValueError(f"messages: expected a list of {{'role': ..., 'content': ...}}, got {messages!r}")
+        return self.generate(messages, **sampling)
+
+    def stream(self, prompt, **sampling) -> Iterator[str]:
+        """Continue one prompt piece by piece: whole characters, no part of a stop string. Joined, they are the text of
+        `generate`. The memory must not change meanwhile."""
+        requests, many = self._requests(prompt, sampling)
+        if many:
+            raise ValueError(f"prompt: expected one prompt to stream, got {len(requests)}")
+        if requests[0].text is None:
+            raise ValueError(f"prompt: streaming text needs a tokenizer, and {self.folder} has none")
+        return self._pieces(requests[0])
+
+    @torch.inference_mode()
+    def logits(self, input_ids) -> Tensor:
+        """Next-token logits after each token: [B, T, V] float32, on the model's device. The memory is only read.
+
+        Args: input_ids: ids of shape [T], [1, T] or [B, T], or text; several must be of one length.
+        """
+        prompts, _ = self._prompts("input_ids", input_ids)
+        if len({len(ids) for ids in prompts}) > 1:
+            raise ValueError(f"input_ids: expected sequences of one length, got {[len(ids) for ids in prompts]}")
+        hidden, *_ = self._prefill(prompts, 0)
+        return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def score(self, prompt, completion) -> list[float]:
+        """The log-probability of each token of `completion` after `prompt`: text or token ids, tokenized apart."""
+        (before, after), _ = self._prompts("prompt and completion", [prompt, completion])
+        hidden, *_ = self._prefill([torch.cat([before, after])[:-1]], 0)
+        log_probabilities = self.model.logits(hidden[0, len(before) - 1 :]).log_softmax(-1)
+        return log_probabilities.gather(1, after.to(hidden.device)[:, None])[:, 0].tolist()
+
+    def _prefill(self, prompts: list[Tensor], more: int):
+        """Read prompts of any lengths; returns hidden [B, longest, E], the cache with room for `more`, the memory."""
+        memory = self._memory if self._memory is not None and self._memory.initialized else None
+        longest = max(map(len, prompts))
+        cache = self.model.new_cache(len(prompts), longest + more, memory)
+        input_ids = pad_sequence(prompts, batch_first=True).to(cache.key.device)
+        hidden = self.model.read(input_ids, cache, memory)
+        lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int32, device=hidden.device)
+        cache.advance(lengths, longest)
+        return hidden, cache, memory, lengths
+
+    @torch.inference_mode()
+    def _run(self, requests: list[Request]) -> Iterator[None]:
+        """Decode until every request is done, yielding after each step."""
+        hidden, cache, memory, lengths = self._prefill([r.prompt_ids for r in requests], requests[0].params.max_tokens)
+        version = memory and memory.step
+        last = hidden[torch.arange(len(requests), device=hidden.device), lengths.long() - 1]
+        while True:
+            # A finished sequence stays in the batch and is fed token 0; its rows are its own and nobody reads them.
+            rows = self.model.logits(last)
+            tokens = [0 if r.finish_reason else r.step(row) for r, row in zip(requests, rows, strict=True)]
+            yield
+            if all(r.finish_reason for r in requests):
+                return
+            if memory is not None and (memory.step != version or self._memory is not memory):
+                raise RuntimeError("memory: expected no change while a prompt is being answered, got an update")
+            last = self.model.read(torch.tensor(tokens, device=hidden.device)[:, None], cache, memory)[:, 0]
+            cache.advance(torch.ones_like(lengths), 1)
+
+    def _pieces(self, request: Request) -> Iterator[str]:
+        sent = 0
+        for _ in self._run([request]):
+            if piece := request.text.released[sent:]:
+                sent += len(piece)
+                yield piece
+
+    # -- arguments ----------------------------------------------------------------------------------------------------
+
+    def _requests(self, prompt, sampling: dict) -> tuple[list[Request], bool]:
+        params = SamplingParams.from_kwargs(**sampling)
+        prompts, many = self._prompts("prompt", prompt)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop: stop strings need a tokenizer, and {self.folder} has none")
+        if wrong := [token for token in params.stop_token_ids if token >= self.config.vocab_size]:
+            raise ValueError(f"stop_token_ids: expected ids below {self.config.vocab_size}, got {wrong[0]}")
+        return [Request(ids, params, self.eos_token_ids, self.tokenizer) for ids in prompts], many
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: of config.json, generation_config.json, the tokenizer and its chat template."""
+        found = set(self.config.eos_token_ids)
+        generation = self.folder / "generation_config.json"
+        if generation.is_file():
+            eos = json.loads(generation.read_text()).get("eos_token_id")
+            found |= set(eos) if isinstance(eos, list) else {eos}
+        if self.tokenizer is not None:
+            found.add(self.tokenizer.eos_token_id)
+            if "<|eot_id|>" in (self.tokenizer.chat_template or ""):  # Llama 3 ends a turn with it, not with the eos
+                found.add(self.tokenizer.convert_tokens_to_ids("<|eot_id|>"))
+        return tuple(sorted(token for token in found if token is not None and 0 <= token < self.config.vocab_size))
+
+    def _prompts(self, name: str, given) -> tuple[list[Tensor], bool]:
+        """One or several prompts -> ([T] int64 CPU tensors, whether several were given)."""
+        if isinstance(given, Tensor | np.ndarray):
+            given = torch.as_tensor(given)
+            many = given.ndim == 2 and len(given) > 1
+            return [self._ids(name, ids) for ids in given] if many else [
+                self._ids(name, given.squeeze(0) if given.ndim == 2 and len(given) else given)
+            ], many
+        several = (
+            isinstance(given, list | tuple)
+            and len(given) > 0
+            and isinstance(given[0], str | list | tuple | Tensor | np.ndarray)
+        )
+        if several:
+            return [self._prompts(f"{name}[{i}]", one)[0][0] for i, one in enumerate(given)], True
+        if isinstance(given, str):
+            return [self._encode(name, given)], False
+        return [self._encode_messages(given) if _is_messages(given) else self._ids(name, given)], False
+
+    def _ids(self, name: str, given) -> Tensor:
+        try:
+            ids = torch.as_tensor(given)
+        except (TypeError, ValueError, RuntimeError):
+            ids = None
+        if ids is None or ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+            got = f"{list(ids.shape)} {ids.dtype}" if ids is not None else repr(given)[:80]
+            raise ValueError(f"{name}: expected text, or integer token ids of shape [T], got {got}")
+        if not len(ids):
+            raise ValueError(f"{name}: expected at least one token, got none")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"{name}: expected token ids in [0, {self.config.vocab_size}), got {ids.min()} to {ids.max()}"
+            )
+        return ids.to("cpu", torch.int64)
+
+    def _encode(self, name: str, text: str) -> Tensor:
+        if self.tokenizer is None:
+            raise ValueError(f"{name}: text needs a tokenizer, and {self.folder} has none; pass token ids")
+        # A memory has trained bos rows of its own: no BOS token then.
+        ids = self.tokenizer(text, add_special_tokens=not self.config.has_memory).input_ids
+        if not text or not ids:
+            raise ValueError(f"{name}: expected text, got {text!r}")
+        return self._ids(name, ids)
+
+    def _encode_messages(self, messages: list[dict]) -> Tensor:
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise ValueError(f"messages: they need a tokenizer with a chat template, and {self.folder} has none")
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        if self.config.has_memory and ids[:1] == [self.tokenizer.bos_token_id]:
+            ids = ids[1:]
+        return self._ids("messages", ids)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint in the published layout: the files this engine was loaded from, with the memory as it is
+        now. Needs keep_hidden=True. The folder must be new or empty."""
+        folder, hidden = Path(folder), self.memory.hidden().cpu()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"folder: expected a new or empty folder, got {str(folder)!r}")
+        folder.mkdir(parents=True, exist_ok=True)
+        source = weights.Checkpoint(self.folder)
+        for file in source.files:
+            tensors = {name: source.read(name) for name, home in source.file_of.items() if home == file}
+            if "memory" in tensors:
+                tensors["memory"] = hidden.to(tensors["memory"].dtype)
+            if "initialized" in tensors:
+                tensors["initialized"] = torch.tensor(int(self.memory.initialized), dtype=torch.uint8)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        for path in self.folder.iterdir():
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copy2(path, folder)
+
+
+def _is_messages(value) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in value)
+    )
+
+
+def split_chunks(ids: Tensor, chunk_tokens: int | None) -> list[Tensor]:
+    """Cut [T] ids into chunks of `chunk_tokens`; if the last would be under 16 tokens, into chunks of even length."""
+    if chunk_tokens is None or len(ids) <= chunk_tokens:
+        return [ids]
+    if 0 < len(ids) % chunk_tokens < MIN_TOKENS:
+        return list(ids.tensor_split(-(-len(ids) // chunk_tokens)))
+    return list(ids.split(chunk_tokens))
+
+
+def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Resolve "auto", and say once what it became and why."""
+    automatic = "auto" in (device, dtype)
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: expected 'cpu' or an available 'cuda', got {str(device)!r}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    chosen, why = dtype, "as asked"
+    if dtype == "auto":
+        native = device.type == "cuda" or cpu_has_bfloat16()
+        chosen = torch.bfloat16 if native else torch.float32
+        why = "multiplied natively here" if native else "no bfloat16 instructions here"
+    elif isinstance(dtype, str):
+        chosen = getattr(torch, dtype, None)
+    if chosen not in DTYPES:
+        raise ValueError(
+            f"dtype: expected 'auto' or one of {[str(d).removeprefix('torch.') for d in DTYPES]}, got {dtype!r}"
+        )
+    if automatic:
+        print(f"memkernel: device {device}, {str(chosen).removeprefix('torch.')} ({why})", file=sys.stderr)
+    return device, chosen
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's BF16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))

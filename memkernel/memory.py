@@ -1,0 +1,250 @@
+"""The memory: per layer M rows that every reader attends to, rewritten in place a random W at a time.
+
+A row lives in a slot from its writing to its dropping; its place in age order is `rank`, an integer. Readers need a
+row's projected key and value, writers only the newest W rows as hidden states, so nothing else is kept unless asked.
+All tensors keep their addresses for the life of the object.
+"""
+
+import contextlib
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memkernel import memory_file
+from memkernel._check import expect
+from memkernel.config import ModelConfig
+
+DRAWS = ("counter", "published")
+
+
+@dataclass
+class Delta:
+    """R new rows a layer, oldest first: what `Llama.inject` returns and `Memory.write` takes. One dtype and device."""
+
+    key: Tensor  # [L, R, G, D] un-rotated, through the read weights
+    value: Tensor  # [L, R, G, D]
+    hidden: Tensor  # [L, R, E]
+
+
+class Memory:
+    """One memory of one model.
+
+    Attributes:
+        key, value: [L, M, G, D] by slot, the model's dtype; keys un-rotated.
+        rotated_key: [L, M, G, D], `key` rotated to each row's position; valid after `refresh`.
+        rank: [L, M] int32 by slot; 0 is the oldest row, M - 1 the newest.
+        recent: [L, W, E], the W newest rows as hidden states, oldest first.
+        hidden_by_slot: [L, M, E], or None unless `keep_hidden`.
+        step: updates so far. seed: of the draw. initialized: False until the first update fills the pool.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        fingerprint: str,
+        ops,
+        dtype: torch.dtype,
+        device: torch.device,
+        keep_hidden: bool = False,
+        seed: int = 0,
+        draw: str = "counter",
+    ):
+        """An empty memory for the model with this `fingerprint`. `draw` is "counter" (a pure function of seed, step and
+        layer, the same on every device) or "published" (torch.randperm on the CPU's default generator, one call per
+        layer in layer order, or one in all, as the published implementation draws)."""
+        if draw not in DRAWS:
+            raise ValueError(f"draw: expected one of {DRAWS}, got {draw!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+        self.config, self.fingerprint, self.ops, self.seed, self.draw = config, fingerprint, ops, seed, draw
+        L, M, W, E = config.num_layers, config.memory_rows, config.write_rows, config.hidden_size
+        like = {"dtype": dtype, "device": device}
+        self.key = torch.zeros(L, M, config.num_kv_heads, config.head_size, **like)
+        self.value, self.rotated_key = torch.zeros_like(self.key), torch.zeros_like(self.key)
+        self.rank = torch.arange(M, dtype=torch.int32, device=device).repeat(L, 1)
+        self.recent = torch.zeros(L, W, E, **like)
+        self.hidden_by_slot = torch.zeros(L, M, E, **like) if keep_hidden else None
+        self.step, self.initialized, self._rotation_is_stale = 0, False, True
+
+    # -- updating -----------------------------------------------------------------------------------------------------
+
+    def write(self, delta: Delta, dropped: Tensor | None = None) -> None:
+        """Take in the R rows of `delta`. The first write fills the pool with copies of them; each later one drops R
+        rows a layer at random and appends them. An error or an interrupt leaves the memory as it was.
+
+        Args:
+            delta: R rows; R >= W, or any R >= 1 while not initialized or if hidden states are kept; R <= M once
+                initialized.
+            dropped: [L, R] integers, the ranks to drop instead of drawing; distinct within a layer.
+        Raises: ValueError naming the argument; rows that are not finite are refused.
+        """
+        rows = self._check_delta(delta)
+        if not self.initialized:
+            if dropped is not None:
+                raise ValueError("dropped: expected None, the first update fills the pool and drops nothing")
+            with _uninterrupted():
+                self._fill(delta)
+            return
+        dropped = self._draw(rows) if dropped is None else self._check_dropped(dropped, rows)
+        news = [delta.key, delta.value] if self.hidden_by_slot is None else [delta.key, delta.value, delta.hidden]
+        with _uninterrupted():
+            self.ops.memory_write_(self._pools(), self.rank, news, dropped)
+            W = self.config.write_rows
+            self.recent.copy_(delta.hidden[:, -W:] if rows >= W else self.hidden()[:, -W:])
+            self._count_update()
+
+    def _pools(self) -> list[Tensor]:
+        return [self.key, self.value] + ([] if self.hidden_by_slot is None else [self.hidden_by_slot])
+
+    def _fill(self, delta: Delta) -> None:
+        """The pool becomes `delta` repeated whole as often as it fits, then its last rows."""
+        M, W, rows = self.config.memory_rows, self.config.write_rows, delta.hidden.shape[1]
+        index = torch.arange(M, device=self.key.device)
+        whole = M // rows * rows
+        index = torch.where(index < whole, index % rows, index - M + rows) if whole else index + rows - M
+        for pool, new in zip(self._pools(), (delta.key, delta.value, delta.hidden), strict=False):
+            torch.index_select(new, 1, index, out=pool)
+        self.rank.copy_(torch.arange(M, dtype=torch.int32))
+        torch.index_select(delta.hidden, 1, index[-W:], out=self.recent)
+        self.initialized = True
+        self._count_update()
+
+    def _count_update(self) -> None:
+        self.step += 1
+        self._rotation_is_stale = True
+
+    def _draw(self, count: int) -> Tensor:
+        """[L, count] int32 ranks to drop."""
+        L, M, shared = self.config.num_layers, self.config.memory_rows, not self.config.drop_per_layer
+        if self.draw == "counter":
+            state = torch.tensor([self.seed, self.step], device=self.key.device)
+            return self.ops.draw_ranks(state, L, M, count, shared)
+        draws = torch.stack([torch.randperm(M)[M - count :] for _ in range(1 if shared else L)])
+        return draws.expand(L, count).to(self.key.device, torch.int32)
+
+    def _check_delta(self, delta: Delta) -> int:
+        L, M, G, D = self.key.shape
+        W, E = self.recent.shape[1:]
+        rows = delta.hidden.shape[1] if delta.hidden.ndim == 3 else -1
+        like = (self.key.dtype, self.key.device)
+        expect("delta.hidden", delta.hidden, (L, rows, E), *like)
+        expect("delta.key", delta.key, (L, rows, G, D), *like)
+        expect("delta.value", delta.value, (L, rows, G, D), *like)
+        least = W if self.initialized and self.hidden_by_slot is None else 1
+        if rows < least or (self.initialized and rows > M):
+            raise ValueError(f"delta: expected {least} to {M} rows a layer, got {rows}")
+        for name in ("hidden", "key", "value"):
+            if not getattr(delta, name).isfinite().all():
+                raise ValueError(f"delta.{name}: expected finite numbers, got NaN or infinity; the memory is unchanged")
+        return rows
+
+    def _check_dropped(self, dropped: Tensor, count: int) -> Tensor:
+        L, M = self.rank.shape
+        if not isinstance(dropped, Tensor) or dropped.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"dropped: expected an int64 or int32 tensor, got {getattr(dropped, 'dtype', type(dropped))}"
+            )
+        if dropped.shape != (L, count):
+            raise ValueError(f"dropped: expected shape {[L, count]}, got {list(dropped.shape)}")
+        ordered = dropped.sort(dim=1).values
+        if ordered.min() < 0 or ordered.max() >= M or (ordered.diff(dim=1) == 0).any():
+            raise ValueError(f"dropped: expected distinct ranks in [0, {M}) in each layer, got others")
+        return dropped.to(self.rank.device, torch.int32)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def refresh(self, cos: Tensor, sin: Tensor, offset: int) -> None:
+        """Bring `rotated_key` up to date: the row of rank r stands at position offset + r. Free if nothing changed."""
+        if self._rotation_is_stale:
+            self.ops.rotate_memory_(self.rotated_key, self.key, self.rank, cos, sin, offset)
+            self._rotation_is_stale = False
+
+    def hidden(self) -> Tensor:
+        """The pool as hidden states, oldest row first: a new [L, M, E] tensor. Needs keep_hidden=True."""
+        if self.hidden_by_slot is None:
+            raise ValueError("hidden: expected a memory made with keep_hidden=True, got one without hidden states")
+        return torch.empty_like(self.hidden_by_slot).scatter_(
+            1, self.rank.long()[..., None].expand_as(self.hidden_by_slot), self.hidden_by_slot
+        )
+
+    # -- whole memories -----------------------------------------------------------------------------------------------
+
+    def fork(self) -> "Memory":
+        """An independent copy: later updates of either leave the other alone."""
+        with torch.inference_mode(False):
+            other = Memory.__new__(Memory)
+            other.__dict__ = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+        return other
+
+    def reset(self) -> None:
+        """Forget everything: not initialized, step 0. Readers see a plain Llama until an update fills the pool."""
+        with _uninterrupted():
+            self.step, self.initialized, self._rotation_is_stale = 0, False, True
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to one file. Whatever interrupts it, `path` holds the old file or the new one, whole."""
+        memory_file.save(path, self._state(), self._metadata())
+
+    def load(self, path: str | Path) -> None:
+        """Replace this memory by a saved one, in place; seed and step continue as saved.
+
+        Raises ValueError, and leaves the memory as it was, if the file is truncated or altered, belongs to another
+        model, or holds anything but finite numbers. Saved hidden states are read if this memory keeps them.
+        """
+        tensors, saved = memory_file.load(path)
+        mine = self._metadata()
+        for field in ("fingerprint", "layers", "rows", "write_rows"):
+            if saved.get(field) != mine[field]:
+                raise ValueError(
+                    f"{path}: {field}: expected {mine[field]!r} as in this model, got {saved.get(field)!r}"
+                )
+        state = self._state()
+        for name, mine in state.items():
+            if name not in tensors:
+                raise ValueError(
+                    f"{path}: expected a tensor {name!r} (was it saved without keep_hidden=True?), found none"
+                )
+            dtype = mine.dtype if name == "rank" else tensors[name].dtype  # floats may come from another dtype
+            expect(f"{path}: {name}", tensors[name], mine.shape, dtype, torch.device("cpu"))
+            tensors[name] = tensors[name].to(mine.dtype)
+            if mine.is_floating_point() and not tensors[name].isfinite().all():
+                raise ValueError(f"{path}: {name}: expected finite numbers in {mine.dtype}, got NaN or infinity")
+        if not torch.equal(
+            tensors["rank"].sort(1).values.long(), torch.arange(state["rank"].shape[1]).expand_as(tensors["rank"])
+        ):
+            raise ValueError(f"{path}: rank: expected a permutation of the rows in each layer")
+        with _uninterrupted():
+            for name, mine in state.items():
+                mine.copy_(tensors[name])
+            self.seed, self.step, self.draw = int(saved["seed"]), int(saved["step"]), saved["draw"]
+            self.initialized, self._rotation_is_stale = saved["initialized"] == "1", True
+
+    def _state(self) -> dict[str, Tensor]:
+        state = {"key": self.key, "value": self.value, "rank": self.rank, "recent": self.recent}
+        return state if self.hidden_by_slot is None else state | {"hidden": self.hidden_by_slot}
+
+    def _metadata(self) -> dict[str, str]:
+        config = self.config
+        numbers = {"layers": config.num_layers, "rows": config.memory_rows, "write_rows": config.write_rows}
+        numbers |= {"step": self.step, "seed": self.seed, "initialized": int(self.initialized)}
+        return {"fingerprint": self.fingerprint, "draw": self.draw} | {k: str(v) for k, v in numbers.items()}
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+    """Hold back Ctrl-C until the block is done: what it guards is short and must happen whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is ever interrupted
+        return
+    pending = []
+    previous = signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if pending:
+            signal.raise_signal(signal.SIGINT)

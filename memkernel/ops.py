@@ -1,0 +1,47 @@
+"""The public ops, registered once in the `memkernel` torch library under the names and signatures of `reference`.
+
+PyTorch's dispatcher picks the implementation by the tensors' device. The reference is registered for every device; a
+kernel registered under a device's own key (CPU, CUDA) takes precedence there. `torch.ops.memkernel.<name>` and the
+functions here are the same ops: torch.compile traces them, and other serving stacks can embed them.
+
+Argument shapes, dtypes and what is written: see the function of the same name in `memkernel.reference`.
+"""
+
+import torch
+from torch import Tensor
+
+from memkernel import reference
+
+LIBRARY = torch.library.Library("memkernel", "DEF")  # unregisters when collected: must live as long as the module
+
+
+def _register(name: str, fake, writes: tuple[str, ...] = ()):
+    """Define memkernel::`name` from the reference's signature; `fake` gives the outputs' shapes and dtypes."""
+    function = getattr(reference, name)
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=writes))
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"memkernel::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.memkernel, name).default
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+rms_norm = _register("rms_norm", lambda x, weight, eps: _like(x))
+add_rms_norm_ = _register("add_rms_norm_", lambda residual, x, weight, eps: _like(residual), writes=("residual",))
+swiglu = _register("swiglu", lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+rope_write_ = _register(
+    "rope_write_",
+    lambda cache_key, cache_value, query, key, value, cos, sin, start, offset: _like(query),
+    writes=("cache_key", "cache_value"),
+)
+rotate_memory_ = _register("rotate_memory_", lambda rotated, key, rank, cos, sin, offset: None, writes=("rotated",))
+memory_attention = _register(
+    "memory_attention", lambda query, memory_key, memory_value, key, value, start: _like(query)
+)
+draw_ranks = _register(
+    "draw_ranks",
+    lambda state, layers, rows, count, shared: state.new_empty(layers, count, dtype=torch.int32),
+)
+memory_write_ = _register("memory_write_", lambda pools, rank, rows, dropped: None, writes=("pools", "rank"))
