@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished UTF-8 sequence to
+UNFINISHED_TOKENS = 16  # no character takes so many: what still ends in REPLACEMENT then is not UTF-8
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class TextStream:
         """Add a token; with `search`, a stop string that ends within its text ends the stream."""
         self.token_ids.append(token)
         known, text = self._decode(self.window, self.read), self._decode(self.window, len(self.token_ids))
-        if len(text) > len(known) and not text.endswith(REPLACEMENT):
+        whole = not text.endswith(REPLACEMENT) or len(self.token_ids) - self.read >= UNFINISHED_TOKENS
+        if len(text) > len(known) and whole:
             self._append(text[len(known) :], search)
             self.window, self.read = self.read, len(self.token_ids)
         self.released = self.text[: len(self.text) - (0 if self.stopped else self._held())]
