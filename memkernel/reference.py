@@ -166,7 +166,8 @@ def memory_attention(
     out_PGXD = of_memory_PGXM @ _wide(memory_value).transpose(1, 2)
     out_BGRD = out_PGXD.unflatten(2, (N, R)).transpose(1, 2).reshape(B, G, R, D)
     out_BGRD = out_BGRD + of_own_BGRS @ _wide(value).transpose(1, 2)
-    return out_BGRD.unflatten(2, (T, H // G)).transpose(1, 2).reshape(B, T, H, D).to(query.dtype)
+    out_BTHD = out_BGRD.unflatten(2, (T, H // G)).transpose(1, 2).reshape(B, T, H, D)
+    return out_BTHD.to(query.dtype).contiguous()
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -180,10 +181,10 @@ def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) 
     """Which `count` of `rows` ranks each layer drops: distinct, a pure function of (seed, step, layer), on any device.
 
     A keyed Feistel permutation of [0, 2^b), 2^b the power of two at or above `rows`, applied to 0..count-1 and again
-    to whatever lands outside [0, rows) (cycle walking): O(count), no sort, no random state. A word x of b bits is split
-    into a high half of b // 2 bits and a low half; a round is (high, low) -> (low, high xor mix(low xor round_key)), the
-    halves swapping sizes. All arithmetic is modulo 2^32. With a finite key not every subset can occur; marginals and
-    pairs are tested to be uniform.
+    to whatever lands outside [0, rows) (cycle walking): O(count), no sort, no random state. A word of b bits is split
+    into a high half of b // 2 bits and a low half; a round maps (high, low) to (low, high xor mix(low xor round_key)),
+    the halves swapping sizes. All arithmetic is modulo 2^32. With a finite key not every subset can occur; marginals
+    and pairs are tested to be uniform.
 
     Args:
         state: [2] int64, (seed, step). shared: one draw for all layers (that of layer 0).

@@ -1,0 +1,33 @@
+"""Shared fixtures. Nothing here needs a GPU or a network."""
+
+import pytest
+import torch
+
+from memkernel import tiny
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_empty(monkeypatch):
+    """Uninitialised memory holds NaN, so that a row which is never written cannot pass for a right one."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+
+        def poisoned(*args, real=real, **kwargs):
+            out = real(*args, **kwargs)
+            real_floats = out.is_floating_point() and not out.is_meta and not out.requires_grad
+            return out.fill_(torch.nan) if real_floats else out
+
+        monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny MemoryLLM with random weights, an empty memory and a byte tokenizer."""
+    path = tiny.write_checkpoint(tmp_path / "checkpoint")
+    tiny.write_tokenizer(path)
+    return path

@@ -1,0 +1,118 @@
+"""The registered ops: schema, fake implementation, dispatch, torch.compile."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from memkernel import ops, reference
+
+NAMES = [
+    "add_rms_norm_",
+    "draw_ranks",
+    "memory_attention",
+    "memory_write_",
+    "rms_norm",
+    "rope_write_",
+    "rotate_memory_",
+    "swiglu",
+]
+
+
+def arguments(name):
+    """One valid call of each op, fresh tensors each time."""
+    torch.manual_seed(1)
+    cos, sin = torch.rand(2, 32, 8)
+    start = torch.tensor([1, 4], dtype=torch.int32)
+    rank = torch.stack([torch.randperm(10), torch.randperm(10)]).int()
+    return {
+        "add_rms_norm_": (torch.randn(2, 16), torch.randn(2, 16), torch.rand(16), 1e-5),
+        "draw_ranks": (torch.tensor([3, 4]), 2, 10, 3, False),
+        "memory_attention": (
+            torch.randn(2, 3, 4, 16),
+            *torch.randn(2, 1, 7, 2, 16),
+            *torch.randn(2, 2, 8, 2, 16),
+            start,
+        ),
+        "memory_write_": ([torch.randn(2, 10, 4)], rank, [torch.randn(2, 3, 4)], torch.tensor([[1, 5, 2]] * 2).int()),
+        "rms_norm": (torch.randn(2, 16), torch.rand(16), 1e-5),
+        "rope_write_": (
+            *torch.randn(2, 2, 8, 2, 16),
+            torch.randn(2, 2, 4, 16),
+            *torch.randn(2, 2, 3, 2, 16),
+            cos,
+            sin,
+            start,
+            2,
+        ),
+        "rotate_memory_": (torch.zeros(2, 10, 2, 16), torch.randn(2, 10, 2, 16), rank, cos, sin, 1),
+        "swiglu": (torch.randn(2, 16),),
+    }[name]
+
+
+def tensors_of(values):
+    return [
+        t for value in values for t in (value if isinstance(value, list) else [value]) if isinstance(t, torch.Tensor)
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name):
+    opcheck(getattr(ops, name), arguments(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dispatches_to_the_same_result_as_the_reference(name):
+    mine, theirs = arguments(name), arguments(name)
+    got, want = getattr(ops, name)(*mine), getattr(reference, name)(*theirs)
+    assert (got is None and want is None) or torch.equal(got, want)
+    for a, b in zip(tensors_of(mine), tensors_of(theirs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_reference_op_is_registered_and_no_other():
+    public = {
+        name for name, value in vars(reference).items() if callable(value) and value.__module__ == reference.__name__
+    }
+    assert {name for name in public if not name.startswith("_")} == set(NAMES)
+    assert {name for name in vars(ops) if hasattr(getattr(ops, name), "_schema")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_a_graph_break(name):
+    """aot_eager functionalizes the in-place ops: results and writes must survive it."""
+    op = getattr(ops, name)
+    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
+    mine, theirs = arguments(name), arguments(name)
+    got, want = compiled(*mine), op(*theirs)
+    assert (got is None and want is None) or torch.equal(got, want)
+    for a, b in zip(tensors_of(mine), tensors_of(theirs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_module_that_embeds_the_ops_compiles_whole():
+    """Inductor, as another serving stack would embed them: norm, rotation into a cache, attention over a memory."""
+
+    def attend(x, weight, projection, cache_key, cache_value, memory_key, memory_value, cos, sin, start):
+        q, k, v = (ops.rms_norm(x, weight, 1e-5) @ projection).unflatten(-1, (8, 16)).split([4, 2, 2], dim=2)
+        q = ops.rope_write_(cache_key, cache_value, q, k, v, cos, sin, start, 7)
+        return ops.memory_attention(q, memory_key, memory_value, cache_key, cache_value, start).flatten(2)
+
+    def inputs():
+        torch.manual_seed(2)
+        cache, memory = torch.zeros(2, 2, 8, 2, 16), torch.randn(2, 1, 7, 2, 16)
+        table, start = torch.rand(2, 32, 8), torch.tensor([1, 4], dtype=torch.int32)
+        return torch.randn(2, 3, 32), torch.rand(32), torch.randn(32, 128), *cache, *memory, *table, start
+
+    mine, theirs = inputs(), inputs()
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True)(*mine), attend(*theirs))
+    torch.testing.assert_close(mine[3], theirs[3])  # the cache was written
+
+
+def test_reference_is_differentiable():
+    """Training goes through the reference: gradients of attention, norm and SwiGLU agree with finite differences."""
+    query, memory_key, memory_value, key, value, start = (t.double() for t in arguments("memory_attention"))
+    start = start.int()
+    tensors = [t[..., :4].clone().requires_grad_() for t in (query, memory_key, memory_value, key, value)]
+    assert torch.autograd.gradcheck(lambda *args: reference.memory_attention(*args, start), tensors, fast_mode=True)
+    x, weight = (t.double().requires_grad_() for t in arguments("rms_norm")[:2])
+    assert torch.autograd.gradcheck(lambda x, w: reference.swiglu(reference.rms_norm(x, w, 1e-5)), (x, weight))
