@@ -200,11 +200,11 @@ def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) 
         seed_L1 = _mix(seed_L1 ^ word)
     bits = max(2, (rows - 1).bit_length())
     high_bits, low_bits = bits // 2, bits - bits // 2
+    round_keys = [_mix((seed_L1 + 0x9E3779B9 * (i + 1)) & MASK_32) for i in range(FEISTEL_ROUNDS)]
 
     def permute(x: Tensor) -> Tensor:
         high, low, sizes = x >> low_bits, x & ((1 << low_bits) - 1), (high_bits, low_bits)
-        for i in range(FEISTEL_ROUNDS):
-            round_key_L1 = _mix((seed_L1 + 0x9E3779B9 * (i + 1)) & MASK_32)
+        for round_key_L1 in round_keys:
             high, low = low, (high ^ _mix(low ^ round_key_L1)) & ((1 << sizes[0]) - 1)
             sizes = sizes[::-1]
         return (high << sizes[1]) | low

@@ -5,6 +5,8 @@ import torch
 
 from memkernel import tiny
 
+torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and starves whatever else runs
+
 
 @pytest.fixture(autouse=True)
 def _seed():
