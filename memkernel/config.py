@@ -20,8 +20,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 _IGNORED = {
     "_name_or_path", "_attn_implementation_autoset", "architectures", "attention_dropout", "auto_map",
     "bos_token_id", "chunk_size_feed_forward", "dtype", "id2label", "initializer_range", "is_encoder_decoder",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "label2id", "max_length", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 }
 # fmt: on
 # Keys whose other values select a computation that is not implemented.
@@ -148,7 +148,6 @@ class ModelConfig:
         head_size = keys.integer("head_dim", hidden_size // num_heads)
         if head_size % 2:
             raise ValueError(f"head_dim: expected an even size to rotate, got {head_size}")
-        eos = keys.take("eos_token_id", None)
         memory = _memory_fields(keys)
         config = cls(
             vocab_size=keys.integer("vocab_size"),
@@ -161,7 +160,7 @@ class ModelConfig:
             norm_eps=keys.number("rms_norm_eps", 1e-6),
             rope=_rope(keys, memory.get("memory_rows", 0), memory.get("write_rows", 0)),
             tied_embeddings=keys.boolean("tie_word_embeddings", False),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            eos_token_ids=keys.token_ids("eos_token_id"),
             **memory,
         )
         if unknown := sorted(set(raw) - keys.taken - _IGNORED):
@@ -170,10 +169,10 @@ class ModelConfig:
 
 
 class _Keys:
-    """The raw dictionary, remembering which keys were read."""
+    """A dictionary remembering which keys were read; `prefix` names the key it is nested under."""
 
-    def __init__(self, raw: dict):
-        self.raw, self.taken = raw, set()
+    def __init__(self, raw: dict, prefix: str = ""):
+        self.raw, self.prefix, self.taken = raw, prefix, set()
 
     def take(self, key: str, default):
         self.taken.add(key)
@@ -182,21 +181,28 @@ class _Keys:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.take(key, default)
-        if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key}: expected a positive integer, got {value!r}")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{self.prefix}{key}: expected a positive integer, got {value!r}")
         return value
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{key}: expected a positive number, got {value!r}")
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{self.prefix}{key}: expected a positive number, got {value!r}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self.take(key, default)
         if not isinstance(value, bool):
-            raise ValueError(f"{key}: expected true or false, got {value!r}")
+            raise ValueError(f"{self.prefix}{key}: expected true or false, got {value!r}")
         return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.take(key, [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(token) is int for token in ids):
+            raise ValueError(f"{self.prefix}{key}: expected a token id or a list of them, got {value!r}")
+        return tuple(ids)
 
 
 def _memory_fields(keys: _Keys) -> dict:
@@ -225,14 +231,14 @@ def _lora(raw: dict | None) -> Lora | None:
     if not isinstance(raw, dict):
         raise ValueError(f"lora_config: expected an object, got {raw!r}")
     targets = raw.get("target_modules")
-    if not isinstance(targets, list) or not targets or not set(targets) <= set(PROJECTIONS):
+    if not isinstance(targets, list) or not targets or any(target not in PROJECTIONS for target in targets):
         raise ValueError(f"lora_config.target_modules: expected a list out of {list(PROJECTIONS)}, got {targets!r}")
     for key in set(raw) - {"r", "lora_alpha", "target_modules"} - _LORA_IGNORED:
         if raw[key] not in (None, False, "none", [], {}):
             raise ValueError(f"lora_config.{key}: not implemented, got {raw[key]!r}")
-    keys = _Keys(raw)
+    keys = _Keys(raw, "lora_config.")
     rank = keys.integer("r")
-    return Lora(rank, keys.number("lora_alpha", 0) / rank, tuple(targets))
+    return Lora(rank, keys.number("lora_alpha") / rank, tuple(targets))
 
 
 def _rope(keys: _Keys, memory_rows: int, write_rows: int) -> Rope:
@@ -241,22 +247,23 @@ def _rope(keys: _Keys, memory_rows: int, write_rows: int) -> Rope:
     old, new = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
     if old is not None and new is not None:
         raise ValueError("rope_scaling: expected one of rope_scaling and rope_parameters, got both")
-    name, scaling = ("rope_parameters", new) if new is not None else ("rope_scaling", old or {})
+    name, scaling = ("rope_parameters", new) if new is not None else ("rope_scaling", old if old is not None else {})
     if not isinstance(scaling, dict):
         raise ValueError(f"{name}: expected an object, got {scaling!r}")
-    scaling = dict(scaling)
+    nested = _Keys(scaling, f"{name}.")
     if "rope_theta" in scaling:
         if keys.raw.get("rope_theta") not in (None, scaling["rope_theta"]):
             raise ValueError(f"rope_theta: {theta} contradicts {name}.rope_theta {scaling['rope_theta']}")
-        theta = _Keys(scaling).number("rope_theta", theta)
-        del scaling["rope_theta"]
-    kinds = {scaling.pop(key) for key in ("rope_type", "type") if key in scaling} or {"default"}
-    kind = kinds.pop()
-    if kinds or kind not in _ROPE_KEYS:
-        raise ValueError(f"{name}.rope_type: expected one of {sorted(_ROPE_KEYS)}, got {kind!r}")
-    if set(scaling) != _ROPE_KEYS[kind]:
-        raise ValueError(f"{name}: type {kind!r} takes {sorted(_ROPE_KEYS[kind])}, got {sorted(scaling)}")
-    numbers = {key: _Keys(scaling).number(key, 0.0) for key in scaling}
+        theta = nested.number("rope_theta")
+    kinds = [scaling[key] for key in ("rope_type", "type") if key in scaling] or ["default"]
+    if kinds[0] != kinds[-1] or not isinstance(kinds[0], str) or kinds[0] not in _ROPE_KEYS:
+        raise ValueError(
+            f"{name}.rope_type: expected one of {sorted(_ROPE_KEYS)}, got {' and '.join(map(repr, kinds))}"
+        )
+    kind, parameters = kinds[0], set(scaling) - {"rope_theta", "rope_type", "type"}
+    if parameters != _ROPE_KEYS[kind]:
+        raise ValueError(f"{name}: type {kind!r} takes {sorted(_ROPE_KEYS[kind])}, got {sorted(parameters)}")
+    numbers = {key: nested.number(key) for key in parameters}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
         raise ValueError(f"{name}.high_freq_factor: expected more than low_freq_factor, got {scaling}")
 

@@ -14,9 +14,10 @@ FORMAT = "memkernel.memory.1"
 
 
 def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and metadata to `path` through a temporary file beside it: written, fsynced, renamed.
+    """Write tensors and metadata to `path` through a file beside it: written, fsynced, renamed.
 
-    Raises ValueError if the folder does not exist, OSError if it cannot be written.
+    A process killed meanwhile leaves that file, `.NAME.PID.partial`, and `path` as it was.
+    Raises ValueError if the folder does not exist, OSError if the file cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir() or path.is_dir():
