@@ -249,18 +249,9 @@ class Engine:
 
     def _prompts(self, name: str, given) -> tuple[list[Tensor], bool]:
         """One or several prompts -> ([T] int64 CPU tensors, whether several were given)."""
-        if isinstance(given, Tensor | np.ndarray):
-            given = torch.as_tensor(given)
-            many = given.ndim == 2 and len(given) > 1
-            return [self._ids(name, ids) for ids in given] if many else [
-                self._ids(name, given.squeeze(0) if given.ndim == 2 and len(given) else given)
-            ], many
-        several = (
-            isinstance(given, list | tuple)
-            and len(given) > 0
-            and isinstance(given[0], str | list | tuple | Tensor | np.ndarray)
-        )
-        if several:
+        if isinstance(given, Tensor | np.ndarray) and given.ndim == 2:
+            given = list(given) if len(given) > 1 else given.reshape(-1)
+        if isinstance(given, list | tuple) and given and isinstance(given[0], str | list | tuple | Tensor | np.ndarray):
             return [self._prompts(f"{name}[{i}]", one)[0][0] for i, one in enumerate(given)], True
         if isinstance(given, str):
             return [self._encode(name, given)], False
@@ -367,6 +358,6 @@ def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's BF16)."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+    """Whether the CPU multiplies bfloat16 in hardware: AVX-512 BF16, AMX, or Arm's BF16."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell: float32 then
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -1,0 +1,3 @@
+from memkernel.cli import main
+
+raise SystemExit(main())
