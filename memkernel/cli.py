@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import sys
-import time
 import warnings
 from collections import Counter
 from dataclasses import asdict
@@ -155,10 +154,8 @@ def _ask(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    began = time.perf_counter()
-    answer = engine.generate(prompt, **_sampling(args))
-    facts = {"question": args.question, **asdict(answer), "seconds": time.perf_counter() - began}
-    del facts["top_logprobs"]
+    facts = {"question": args.question, **asdict(engine.generate(prompt, **_sampling(args)))}
+    del facts["top_logprobs"]  # there is no option that asks for them
     facts["updates"] = engine.memory.step if engine.config.has_memory else None
     report(facts, args.json)
 

@@ -75,10 +75,11 @@ class SamplingParams:
                 raise ValueError(
                     f"{name}: expected {'an integer' if whole else 'a number'} in [{low}, {high}], got {value!r}"
                 )
-        if not all(isinstance(text, str) and text for text in self.stop):
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop: expected non-empty strings, got {self.stop!r}")
-        if not all(isinstance(token, int) and token >= 0 for token in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids: expected token ids, got {self.stop_token_ids!r}")
+        tokens = self.stop_token_ids
+        if not isinstance(tokens, tuple) or not all(type(token) is int and token >= 0 for token in tokens):
+            raise ValueError(f"stop_token_ids: expected token ids, got {tokens!r}")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos: expected true or false, got {self.ignore_eos!r}")
         seed = self.seed
@@ -131,11 +132,11 @@ class Request:
         """Choose the next token from logits [V] float32, on any device, and take note of it."""
         params = self.params
         log_probabilities = logits.log_softmax(-1)
+        if log_probabilities[0].isnan():  # one NaN makes all of them NaN
+            raise ValueError("logits: expected numbers, got NaN: the weights or the memory are damaged")
         token = self._choose(logits.clone())
         self.token_ids.append(token)
         self.logprobs.append(log_probabilities[token].item())
-        if math.isnan(self.logprobs[-1]):
-            raise ValueError("logits: expected numbers, got NaN: the weights or the memory are damaged")
         if params.logprobs:
             top = log_probabilities.topk(min(params.logprobs, len(logits)))
             self.top_logprobs.append(dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
@@ -143,12 +144,13 @@ class Request:
         ended = enough and token in self.endings
         if self.text is not None and not ended:
             self.text.push(token, search=enough)
+        last = ended or len(self.token_ids) >= params.max_tokens
+        if last and self.text is not None:
+            self.text.close()
         if ended or (self.text is not None and self.text.stopped):
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= params.max_tokens:
+        elif last:
             self.finish_reason = "length"
-        if self.finish_reason and self.text is not None:
-            self.text.close()
         return token
 
     def completion(self) -> Completion:
@@ -163,7 +165,8 @@ class Request:
             logits[list(self.barred)] = -math.inf
         if params.temperature == 0:
             return int(logits.argmax())
-        probabilities = (logits.cpu() / params.temperature).softmax(-1)
+        logits = logits.cpu().double()
+        probabilities = ((logits - logits.max()) / params.temperature).softmax(-1)  # no overflow, however cold
         probabilities[probabilities < params.min_p * probabilities.max()] = 0
         if params.top_k > 0 or params.top_p < 1:
             ordered, index = probabilities.sort(descending=True, stable=True)
@@ -210,10 +213,12 @@ class TextStream:
         """Add a token; with `search`, a stop string that ends within its text ends the stream."""
         self.token_ids.append(token)
         known, text = self._decode(self.window, self.read), self._decode(self.window, len(self.token_ids))
-        whole = not text.endswith(REPLACEMENT) or len(self.token_ids) - self.read >= UNFINISHED_TOKENS
-        if len(text) > len(known) and whole:
+        overdue = len(self.token_ids) - self.read >= UNFINISHED_TOKENS
+        if len(text) > len(known) and (overdue or not text.endswith(REPLACEMENT)):
             self._append(text[len(known) :], search)
             self.window, self.read = self.read, len(self.token_ids)
+        elif overdue:  # special tokens, or ids that the tokenizer does not know
+            del self.token_ids[self.read :]
         self.released = self.text[: len(self.text) - (0 if self.stopped else self._held())]
 
     def close(self) -> None:

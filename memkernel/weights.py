@@ -52,8 +52,8 @@ class Checkpoint:
         listed = None
         if index.is_file():
             try:
-                listed = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
+                listed = dict(json.loads(index.read_text())["weight_map"].items())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: expected JSON with a weight_map: {error!r}") from None
         elif not single.is_file():
             raise ValueError(
@@ -63,8 +63,10 @@ class Checkpoint:
         self.shapes, self.dtypes, self.file_of = {}, {}, {}
         for file in self.files:
             self._read_header(file)
-        for name in sorted(set(listed if listed is not None else self.file_of) ^ set(self.file_of)):
-            raise ValueError(f"{index}: tensor {name!r} is in the index or in the shards, expected in both")
+        for name in sorted(set(listed or self.file_of) | set(self.file_of)):
+            if listed is not None and listed.get(name) != self.file_of.get(name):
+                places = f"the index in {listed.get(name)}, in the shards in {self.file_of.get(name)}"
+                raise ValueError(f"{index}: tensor {name!r} is in {places}, expected one place")
 
     def _read_header(self, file: str) -> None:
         with self._open(file) as reader:
@@ -83,12 +85,14 @@ class Checkpoint:
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
         """The tensor's rows in order as (first row, rows [n, ...]); the file is mapped only while a block is read."""
-        shape, item = self.shapes[name], DTYPES[self.dtypes[name]].itemsize
-        row_bytes = item * max(1, torch.Size(shape[1:]).numel())
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for begin in range(0, shape[0], step):
-            with self._open(self.file_of[name]) as reader:
-                yield begin, reader.get_slice(name)[begin : begin + step]
+        rows = self.shapes[name][0]
+        step = max(1, BLOCK_BYTES * rows // max(1, self.bytes(name)))
+        for begin in range(0, rows, step):
+            yield begin, self.rows(name, begin, begin + step)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        with self._open(self.file_of[name]) as reader:
+            return reader.get_slice(name)[begin:end]
 
     def read(self, name: str) -> Tensor:
         with self._open(self.file_of[name]) as reader:
@@ -151,13 +155,21 @@ def check_names(checkpoint: Checkpoint, config: ModelConfig) -> None:
                 f"got {list(found[name])} {checkpoint.dtypes[name]}"
             )
     for name in spare:
-        same = (
-            checkpoint.read("model.embed_tokens.weight")
-            if name == "lm_head.weight"
-            else config.rope.frequencies(config.head_size)
-        )
-        if not torch.allclose(checkpoint.read(name).float(), same.float(), rtol=1e-2, atol=0):
-            raise ValueError(f"{checkpoint.folder}: {name}: contradicts the value that config.json gives it")
+        check_redundant(checkpoint, config, name)
+
+
+def check_redundant(checkpoint: Checkpoint, config: ModelConfig, name: str) -> None:
+    """A tensor that config.json makes redundant must say the same, to the rounding of a half-precision file."""
+    tied = name == "lm_head.weight"
+    expected = (config.vocab_size, config.hidden_size) if tied else (config.head_size // 2,)
+    same = checkpoint.shapes[name] == expected and checkpoint.dtypes[name] in FLOATS
+    frequencies = config.rope.frequencies(config.head_size)
+    for begin, block in checkpoint.blocks(name) if same else ():
+        end = begin + len(block)
+        want = checkpoint.rows("model.embed_tokens.weight", begin, end) if tied else frequencies[begin:end]
+        same = same and torch.allclose(block.float(), want.float(), rtol=2**-8, atol=2**-24)
+    if not same:
+        raise ValueError(f"{checkpoint.folder}: {name}: contradicts the value that config.json gives it")
 
 
 class Loader:
@@ -200,22 +212,27 @@ class Loader:
         return out
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """Blocks of a tensor, checked: NaN, infinities and numbers too large for the model's dtype are refused."""
-        least, greatest, samples = [], [], []
-        stride = max(1, torch.Size(self.checkpoint.shapes[name]).numel() // SAMPLES)
+        """Blocks of a tensor, checked and entered into the fingerprint."""
+        least, greatest, samples, seen = [], [], [], 0
+        # Every so many numbers, whatever the blocks; odd, so that a width of 2^n does not always give the same column.
+        stride = torch.Size(self.checkpoint.shapes[name]).numel() // SAMPLES | 1
         for begin, block in self.checkpoint.blocks(name):
-            low, high = torch.aminmax(block)
-            limit = torch.finfo(self.dtype).max
-            if not (-limit <= low and high <= limit):
-                raise ValueError(
-                    f"{name}: expected finite numbers within {self.dtype}, got {low.item()} to {high.item()}"
-                )
-            least.append(low.double()), greatest.append(high.double())
-            samples.append(block.reshape(-1)[::stride].double())
+            low, high = self.check(name, block)
+            least.append(low), greatest.append(high)
+            samples.append(block.reshape(-1)[-seen % stride :: stride].double())
+            seen += block.numel()
             yield begin, block
             self.bar.update(block.numel() * block.element_size())
-        self.digest.update(f"{name} {min(least).item()} {max(greatest).item()}".encode())
+        self.digest.update(f"{name} {min(least)} {max(greatest)}".encode())
         self.digest.update(torch.cat(samples).numpy())
+
+    def check(self, name: str, block: Tensor) -> tuple[float, float]:
+        """The least and greatest number, refused unless finite in the model's dtype."""
+        low, high = (number.item() for number in torch.aminmax(block))
+        limit = torch.finfo(self.dtype).max
+        if not (-limit <= low and high <= limit):
+            raise ValueError(f"{name}: expected finite numbers within {self.dtype}, got {low} to {high}")
+        return low, high
 
     def layer(self, prefix: str) -> Layer:
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
@@ -257,7 +274,9 @@ class Loader:
         A_read, B_read = self.adapter(module, read)
         for begin, block in self.blocks(name):
             end = begin + len(block)
-            part[begin:end] = block.to(self.wide) + scale * (B_read[begin:end] @ A_read)
+            merged = block.to(self.wide) + scale * (B_read[begin:end] @ A_read)
+            self.check(name, merged)
+            part[begin:end] = merged
         if self.config.read_adapter:
             A_write, B_write = self.adapter(module, "default")
             downs.append(torch.cat([A_write, A_read]))

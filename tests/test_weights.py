@@ -1,12 +1,10 @@
 """Checkpoints: layouts and dtypes on disk, merged adapters, what is refused, fingerprints, peak memory, the hub."""
 
 import json
-import math
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +19,7 @@ FUSED["down"] = ["down_proj"]
 LORA = {"r": 4, "lora_alpha": 12, "target_modules": FUSED["qkv"] + FUSED["gate_up"]}
 TARGETS = {"published": LORA["target_modules"], "all": sum(FUSED.values(), []), "v-and-down": ["v_proj", "down_proj"]}
 MEMORYLLM = tiny.MEMORYLLM | {"lora_config": LORA, "add_decoder_lora": True}
-OF_MEMORY = ("num_blocks", "num_tokens", "add_bos_embedding", "drop_memory_per_layer")
-LLAMA = {key: value for key, value in tiny.MEMORYLLM.items() if key not in OF_MEMORY}
+LLAMA = {k: v for k, v in tiny.MEMORYLLM.items() if not k.startswith(("num_blocks", "num_tokens", "add_", "drop_"))}
 TIED = LLAMA | {"tie_word_embeddings": True}
 SINGLE, INDEX, FIRST = "model.safetensors", "model.safetensors.index.json", "model-00001-of-00003.safetensors"
 
@@ -34,8 +31,7 @@ def load(folder, dtype=torch.float32):
 def make(folder, config=MEMORYLLM, name=None, value=None):
     """A checkpoint with a shipped memory. `value` replaces the tensor `name`; a function makes it of the embedding; a
     number replaces its last element; without a value, all tensors with `name` in their names are left out."""
-    tiny.write_checkpoint(folder, config, initialized=True)
-    tensors = load_file(folder / SINGLE)
+    tensors = load_file(tiny.write_checkpoint(folder, config, initialized=True) / SINGLE)
     if isinstance(value, float):
         tensors[name].view(-1)[-1] = value
     elif value is not None:
@@ -86,8 +82,7 @@ def test_shards_equal_one_file(tmp_path, config):
 
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_dtype_on_disk(tmp_path, monkeypatch, stored):
-    """Numbers that every dtype holds exactly, in whole tensors and in blocks of rows."""
+def test_same_numbers_in_another_dtype_on_disk(tmp_path, monkeypatch, stored):
     for folder, dtype in (("stored", stored), ("float32", torch.float32)):
         exact = {name: (x.clamp(-1.9, 1.9) * 64).round() / 64 for name, x in make(tmp_path / folder).items()}
         tensors = {name: x.to(dtype if x.ndim else torch.uint8) for name, x in exact.items()}
@@ -96,7 +91,7 @@ def test_dtype_on_disk(tmp_path, monkeypatch, stored):
         whole = load(tmp_path / "float32", dtype)
         assert torch.equal(whole.model.embedding, exact[EMBEDDING].to(dtype))
         with monkeypatch.context() as patch:
-            patch.setattr(weights, "BLOCK_BYTES", 8000)
+            patch.setattr(weights, "BLOCK_BYTES", 8000)  # several blocks to a tensor
             engine = load(tmp_path / "stored", dtype)
         assert_same(engine, whole)
         assert engine.memory.fingerprint == whole.memory.fingerprint
@@ -135,14 +130,13 @@ FREQUENCIES, FINITE = 500000.0 ** -(torch.arange(8) / 8), "expected finite numbe
 REFUSED = {  # config, tensor, its new value (see `make`), message; None: accepted, being redundant but right
     "missing": (MEMORYLLM, NORM, None, f"is missing: {NORM}"),
     "lost-adapter": (MEMORYLLM, "decoder_adapter", None, "is missing: model.layers.0.mlp.gate_proj.lora_A.decoder"),
-    "unstated-adapter": (tiny.MEMORYLLM, SPARE, torch.zeros(64, 4), f"is not used: {SPARE}"),
     "extra": (LLAMA, BIAS, torch.zeros(64), f"is not used: {BIAS}"),
     "prefix-of-training": (MEMORYLLM, "base_model." + NORM, torch.ones(64), f"is not used: base_model.{NORM}"),
     "shape": (MEMORYLLM, SPARE, torch.zeros(4, 64), f"{SPARE}: expected [64, 4]"),
     "int8": (MEMORYLLM, Q, torch.zeros(64, 64, dtype=torch.int8), f"{Q}: expected [64, 64] in one of"),
-    "nan": (MEMORYLLM, Q, math.nan, f"{Q}: {FINITE}"),
-    "nan-in-memory": (MEMORYLLM, "memory", math.nan, f"memory: {FINITE}"),
-    "inf-in-adapter": (MEMORYLLM, SPARE, -math.inf, f"{SPARE}: {FINITE}"),
+    "nan": (MEMORYLLM, Q, torch.nan, f"{Q}: {FINITE}"),
+    "nan-in-memory": (MEMORYLLM, "memory", torch.nan, f"memory: {FINITE}"),
+    "inf-in-adapter": (MEMORYLLM, SPARE, -torch.inf, f"{SPARE}: {FINITE}"),
     "too-large": (MEMORYLLM, NORM, 65536.0, f"{NORM}: {FINITE}"),
     "too-large-when-merged": (MEMORYLLM, MERGED, torch.full((4, 64), 65000.0), f"{Q}: {FINITE}"),
     "other-head": (TIED, HEAD, lambda embedding: embedding.roll(1), f"{HEAD}: contradicts"),
@@ -176,7 +170,6 @@ BROKEN = {  # file, None: removed, another name: moved there, a function of its 
     "tensor-twice": (FIRST, lambda old: save({"initialized": torch.ones(1)}), f"'initialized' is also in {FIRST}"),
     "index-of-another-tensor": (INDEX, lambda old: old.replace(NORM.encode(), b"x"), f"tensor {NORM!r} is in the"),
     "index-of-another-shard": (INDEX, lambda old: old.replace(b'y": "model-00001', b'y": "model-00002'), "'memory'"),
-    "index-not-json": (INDEX, lambda old: old[:-1], MAP),
     "index-of-a-list": (INDEX, lambda old: b'{"weight_map": ["memory"]}', MAP),
 }
 
@@ -226,8 +219,9 @@ print(status("VmHWM") - before)
 
 def load_apart(*names, **environment):
     """Load each `name@revision` in a new process: their fingerprints or errors, then the peak bytes of the last."""
-    how = {"cwd": Path(tiny.__file__).parents[1], "env": os.environ | environment, "text": True, "check": True}
-    return subprocess.run([sys.executable, "-c", PROGRAM, *names], stdout=subprocess.PIPE, **how).stdout.split()
+    root, environment = os.path.dirname(os.path.dirname(tiny.__file__)), os.environ | environment
+    how = {"cwd": root, "env": environment, "stdout": subprocess.PIPE, "text": True, "check": True}
+    return subprocess.run([sys.executable, "-c", PROGRAM, *names], **how).stdout.split()
 
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "num_key_value_heads": 1, "vocab_size": 32000}
@@ -242,8 +236,7 @@ def test_peak_memory(tmp_path, large):
     make(tmp_path / "tiny")
     sizes = {name: x.numel() for name, x in make(tmp_path / "large", *large).items() if name not in large}
     *_, peak = load_apart(f"{tmp_path}/tiny@", f"{tmp_path}/large@")
-    limit = 2 * sum(sizes.values()) + 4 * max(sizes.values()) + 40e6
-    assert int(peak) <= limit
+    assert int(peak) / 1e6 <= (2 * sum(sizes.values()) + 4 * max(sizes.values())) / 1e6 + 40
 
 
 @LINUX
@@ -251,8 +244,7 @@ def test_hub_offline(tmp_path):
     repository, commit = tmp_path / "models--org--name", "0123456789" * 4
     make(repository / "snapshots" / commit)
     fingerprint = load(repository / "snapshots" / commit).memory.fingerprint
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs").mkdir(), (repository / "refs" / "main").write_text(commit)
     names = ("nobody/nothing@", "org/name@", "org/name@main", f"org/name@{commit}", f"{tmp_path}@main")
     found = load_apart(*names, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
     assert found[:-1] == ["nobody/nothing", *3 * [fingerprint], "revision"]
