@@ -14,6 +14,7 @@ import torch
 from memkernel import tiny
 from memkernel.cli import read_texts
 from memkernel.engine import CHUNK_TOKENS, MIN_TOKENS, Engine, split_chunks
+from memkernel.sampling import Completion
 
 NOTE = """This model is tiny and was made just now with random weights: its answers are gibberish.
 The mathematics and the bookkeeping are real: every number below was computed in this run."""
@@ -33,8 +34,9 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
     source, text = (", ".join(files), "\n\n".join(read_texts(files))) if files else _own_text()
     say = (lambda *_: None) if as_json else print
     say(f"memkernel demo\n\n{NOTE}\n")
+    torch.set_num_threads(1)  # the tensors are tiny: a second thread would only be waited for
     with tempfile.TemporaryDirectory(prefix="memkernel-demo-") as folder:
-        tiny.write_checkpoint(folder, tiny.MEMORYLLM | GEOMETRY)
+        tiny.write_checkpoint(folder, tiny.MEMORYLLM | GEOMETRY, seed=8)
         tiny.write_tokenizer(folder)
         engine = Engine.from_pretrained(folder, device=device, dtype=dtype)
         facts: dict = {"note": NOTE, "model": _describe(engine, say)}
@@ -42,8 +44,9 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
         facts["updates"], facts["survivors"] = _update(engine, source, text, say)
         after = engine.generate(QUESTION, max_tokens=ANSWER_TOKENS)
         facts["answers"] = {"question": QUESTION, "before": before, "after": after.text}
-        say(f"Answers    to {QUESTION!r}\n  before     {before!r}\n  after      {after.text!r}\n")
-        facts["reload"] = _reload(engine, after.token_ids, say)
+        say(f"Answers    to {QUESTION!r}, a dot for what is not ASCII")
+        say(f"           before  {_printable(before)}\n           after   {_printable(after.text)}\n")
+        facts["reload"] = _reload(engine, after, say)
     if as_json:
         print(json.dumps(facts))
     return 0 if facts["reload"]["equal"] else 1
@@ -55,7 +58,11 @@ def _own_text() -> tuple[str, str]:
             return "the README of memkernel", text
     except metadata.PackageNotFoundError:  # run from a source tree that is not installed
         pass
-    return "the source of memkernel's engine", Path(sys.modules[Engine.__module__].__file__).read_text()
+    return "the source of memkernel.engine", Path(sys.modules[Engine.__module__].__file__).read_text()
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if " " <= letter <= "~" else "." for letter in text)
 
 
 def _describe(engine: Engine, say: Callable) -> dict:
@@ -103,7 +110,7 @@ def _survivors(alive: torch.Tensor, layers: int, write_rows: int, memory_rows: i
             break
         rows = len(births) * layers * write_rows
         share, theory = sum(int(alive[i + t, i]) for i in births) / rows, (1 - write_rows / memory_rows) ** t
-        # Of independent rows. Rows compete for the same places, so that the true error is smaller, never larger.
+        # Of independent rows; rows of a layer compete for its slots, which makes the true error a little smaller.
         error = math.sqrt(theory * (1 - theory) / rows)
         table.append({"t": t, "rows": rows, "alive": share, "theory": theory, "standard_error": error})
         blocks = len(births) * layers
@@ -112,8 +119,8 @@ def _survivors(alive: torch.Tensor, layers: int, write_rows: int, memory_rows: i
     return table
 
 
-def _reload(engine: Engine, token_ids: list[int], say: Callable) -> dict:
-    """Save the memory, have a second process load it and answer the same question, and compare the tokens."""
+def _reload(engine: Engine, answer: Completion, say: Callable) -> dict:
+    """Save the memory, have a second process load it and answer the same question, and compare the answers."""
     path = engine.folder / "memory"
     engine.memory.save(path)
     command = [sys.executable, "-m", "memkernel", "ask", str(engine.folder), QUESTION, "--memory", str(path), "--json"]
@@ -122,9 +129,12 @@ def _reload(engine: Engine, token_ids: list[int], say: Callable) -> dict:
     second = subprocess.run(command, capture_output=True, text=True)
     if second.returncode:
         raise RuntimeError(f"the second process failed with exit code {second.returncode}:\n{second.stderr}")
-    answered = json.loads(second.stdout)["token_ids"]
-    facts = {"bytes": path.stat().st_size, "token_ids": token_ids, "second_process": answered}
-    facts["equal"] = answered == token_ids
+    again = json.loads(second.stdout)
+    facts = {"bytes": path.stat().st_size, "token_ids": answer.token_ids, "second_process": again["token_ids"]}
+    facts["equal"] = again["token_ids"] == answer.token_ids
+    pairs = zip(answer.logprobs, again["logprobs"], strict=False)  # the tokens that both gave
+    facts["largest_logprob_difference"] = max(abs(one - other) for one, other in pairs)
     say(f"Reload     memory saved, {facts['bytes']:,} bytes; a second process loads it and answers")
-    say(f"           {len(answered)} tokens, {'equal to' if facts['equal'] else 'NOT EQUAL TO'} those of this one")
+    say(f"           {len(again['token_ids'])} tokens, {'equal to' if facts['equal'] else 'NOT EQUAL TO'} those above;")
+    say(f"           their log-probabilities differ by at most {facts['largest_logprob_difference']:.1e}")
     return facts

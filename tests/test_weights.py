@@ -232,11 +232,11 @@ PEAKS["memoryllm"] = [MEMORYLLM | LARGE | {"vocab_size": 8000, "num_blocks": 400
 @LINUX
 @pytest.mark.parametrize("large", PEAKS.values(), ids=PEAKS)
 def test_peak_memory(tmp_path, large):
-    """The model in bfloat16, the largest tensor in float32, and 40 MB, beyond what a tiny model left behind."""
+    """At most the model in bfloat16 and 100 MB, beyond what a tiny model left behind: no whole tensor in float32."""
     make(tmp_path / "tiny")
     sizes = {name: x.numel() for name, x in make(tmp_path / "large", *large).items() if name not in large}
     *_, peak = load_apart(f"{tmp_path}/tiny@", f"{tmp_path}/large@")
-    assert int(peak) / 1e6 <= (2 * sum(sizes.values()) + 4 * max(sizes.values())) / 1e6 + 40
+    assert int(peak) <= 2 * sum(sizes.values()) + 100e6
 
 
 @LINUX
