@@ -262,11 +262,11 @@ class Engine:
             ids = torch.as_tensor(given)
         except (TypeError, ValueError, RuntimeError):
             ids = None
+        if ids is not None and ids.numel() == 0:
+            raise ValueError(f"{name}: expected at least one token, got none")
         if ids is None or ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
             got = f"{list(ids.shape)} {ids.dtype}" if ids is not None else repr(given)[:80]
             raise ValueError(f"{name}: expected text, or integer token ids of shape [T], got {got}")
-        if not len(ids):
-            raise ValueError(f"{name}: expected at least one token, got none")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise ValueError(
                 f"{name}: expected token ids in [0, {self.config.vocab_size}), got {ids.min()} to {ids.max()}"
