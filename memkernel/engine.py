@@ -181,7 +181,10 @@ class Engine:
     @torch.inference_mode()
     def score(self, prompt, completion) -> list[float]:
         """The log-probability of each token of `completion` after `prompt`: text or token ids, tokenized apart."""
-        (before, after), _ = self._prompts("prompt and completion", [prompt, completion])
+        (befores, _), (afters, _) = self._prompts("prompt", prompt), self._prompts("completion", completion, bos=False)
+        if len(befores) + len(afters) > 2:
+            raise ValueError(f"prompt: expected one prompt and one completion, got {len(befores)} and {len(afters)}")
+        before, after = befores[0], afters[0]
         hidden, *_ = self._prefill([torch.cat([before, after])[:-1]], 0)
         log_probabilities = self.model.logits(hidden[0, len(before) - 1 :]).log_softmax(-1)
         return log_probabilities.gather(1, after.to(hidden.device)[:, None])[:, 0].tolist()
@@ -201,7 +204,7 @@ class Engine:
     def _run(self, requests: list[Request]) -> Iterator[None]:
         """Decode until every request is done, yielding after each step."""
         hidden, cache, memory, lengths = self._prefill([r.prompt_ids for r in requests], requests[0].params.max_tokens)
-        version = memory and memory.step
+        edits = memory and memory.edits
         last = hidden[torch.arange(len(requests), device=hidden.device), lengths.long() - 1]
         while True:
             # A finished sequence stays in the batch and is fed token 0; its rows are its own and nobody reads them.
@@ -210,8 +213,8 @@ class Engine:
             yield
             if all(r.finish_reason for r in requests):
                 return
-            if memory is not None and (memory.step != version or self._memory is not memory):
-                raise RuntimeError("memory: expected no change while a prompt is being answered, got an update")
+            if memory is not None and (memory.edits != edits or self._memory is not memory):
+                raise RuntimeError("memory: expected no change while a prompt is being answered, got one")
             last = self.model.read(torch.tensor(tokens, device=hidden.device)[:, None], cache, memory)[:, 0]
             cache.advance(torch.ones_like(lengths), 1)
 
@@ -244,17 +247,20 @@ class Engine:
         if self.tokenizer is not None:
             found.add(self.tokenizer.eos_token_id)
             if "<|eot_id|>" in (self.tokenizer.chat_template or ""):  # Llama 3 ends a turn with it, not with the eos
-                found.add(self.tokenizer.convert_tokens_to_ids("<|eot_id|>"))
+                found.add(self.tokenizer.get_vocab().get("<|eot_id|>"))
         return tuple(sorted(token for token in found if token is not None and 0 <= token < self.config.vocab_size))
 
-    def _prompts(self, name: str, given) -> tuple[list[Tensor], bool]:
-        """One or several prompts -> ([T] int64 CPU tensors, whether several were given)."""
+    def _prompts(self, name: str, given, bos: bool = True) -> tuple[list[Tensor], bool]:
+        """One or several prompts -> ([T] int64 CPU tensors, whether several were given).
+
+        `bos`: text begins with the tokenizer's special tokens, unless the model has a memory, with bos rows of its own.
+        """
         if isinstance(given, Tensor | np.ndarray) and given.ndim == 2:
             given = list(given) if len(given) > 1 else given.reshape(-1)
         if isinstance(given, list | tuple) and given and isinstance(given[0], str | list | tuple | Tensor | np.ndarray):
-            return [self._prompts(f"{name}[{i}]", one)[0][0] for i, one in enumerate(given)], True
+            return [self._prompts(f"{name}[{i}]", one, bos)[0][0] for i, one in enumerate(given)], True
         if isinstance(given, str):
-            return [self._encode(name, given)], False
+            return [self._encode(name, given, bos and not self.config.has_memory)], False
         return [self._encode_messages(given) if _is_messages(given) else self._ids(name, given)], False
 
     def _ids(self, name: str, given) -> Tensor:
@@ -267,17 +273,17 @@ class Engine:
         if ids is None or ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
             got = f"{list(ids.shape)} {ids.dtype}" if ids is not None else repr(given)[:80]
             raise ValueError(f"{name}: expected text, or integer token ids of shape [T], got {got}")
+        ids = ids.to("cpu", torch.int64)
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise ValueError(
                 f"{name}: expected token ids in [0, {self.config.vocab_size}), got {ids.min()} to {ids.max()}"
             )
-        return ids.to("cpu", torch.int64)
+        return ids
 
-    def _encode(self, name: str, text: str) -> Tensor:
+    def _encode(self, name: str, text: str, special: bool) -> Tensor:
         if self.tokenizer is None:
             raise ValueError(f"{name}: text needs a tokenizer, and {self.folder} has none; pass token ids")
-        # A memory has trained bos rows of its own: no BOS token then.
-        ids = self.tokenizer(text, add_special_tokens=not self.config.has_memory).input_ids
+        ids = self.tokenizer(text, add_special_tokens=special).input_ids
         if not text or not ids:
             raise ValueError(f"{name}: expected text, got {text!r}")
         return self._ids(name, ids)

@@ -39,6 +39,7 @@ class Memory:
         rank: [L, M] int32 by slot; 0 is the oldest row, M - 1 the newest.
         recent: [L, W, E], the W newest rows as hidden states, oldest first.
         hidden_by_slot: [L, M, E], or None unless `keep_hidden`.
+        edits: how often this object changed, by whatever means.
         step: updates so far. seed: of the draw. initialized: False until the first update fills the pool.
     """
 
@@ -68,7 +69,8 @@ class Memory:
         self.rank = torch.arange(M, dtype=torch.int32, device=device).repeat(L, 1)
         self.recent = torch.zeros(L, W, E, **like)
         self.hidden_by_slot = torch.zeros(L, M, E, **like) if keep_hidden else None
-        self.step, self.initialized, self._rotation_is_stale = 0, False, True
+        self.step, self.initialized, self.edits = 0, False, 0
+        self._rotation_is_stale = True
 
     # -- updating -----------------------------------------------------------------------------------------------------
 
@@ -115,6 +117,10 @@ class Memory:
 
     def _count_update(self) -> None:
         self.step += 1
+        self._note_edit()
+
+    def _note_edit(self) -> None:
+        self.edits += 1
         self._rotation_is_stale = True
 
     def _draw(self, count: int) -> Tensor:
@@ -183,7 +189,8 @@ class Memory:
     def reset(self) -> None:
         """Forget everything: not initialized, step 0. Readers see a plain Llama until an update fills the pool."""
         with _uninterrupted():
-            self.step, self.initialized, self._rotation_is_stale = 0, False, True
+            self.step, self.initialized = 0, False
+            self._note_edit()
 
     def save(self, path: str | Path) -> None:
         """Write the memory to one file. Whatever interrupts it, `path` holds the old file or the new one, whole."""
@@ -221,7 +228,8 @@ class Memory:
             for name, mine in state.items():
                 mine.copy_(tensors[name])
             self.seed, self.step, self.draw = int(saved["seed"]), int(saved["step"]), saved["draw"]
-            self.initialized, self._rotation_is_stale = saved["initialized"] == "1", True
+            self.initialized = saved["initialized"] == "1"
+            self._note_edit()
 
     def _state(self) -> dict[str, Tensor]:
         state = {"key": self.key, "value": self.value, "rank": self.rank, "recent": self.recent}

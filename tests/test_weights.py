@@ -139,7 +139,7 @@ REFUSED = {  # config, tensor, its new value (see `make`), message; None: accept
     "inf-in-adapter": (MEMORYLLM, SPARE, -torch.inf, f"{SPARE}: {FINITE}"),
     "too-large": (MEMORYLLM, NORM, 65536.0, f"{NORM}: {FINITE}"),
     "too-large-when-merged": (MEMORYLLM, MERGED, torch.full((4, 64), 65000.0), f"{Q}: {FINITE}"),
-    "other-head": (TIED, HEAD, lambda embedding: embedding.roll(1), f"{HEAD}: contradicts"),
+    "too-large-when-scaled": (MEMORYLLM, SPARE, 60000.0, f"{SPARE}: {FINITE}"),  # what writers add: (alpha / r) B
     "head-off-by-half-a-percent": (TIED, HEAD, lambda embedding: embedding * 1.005, f"{HEAD}: contradicts"),
     "longer-head": (TIED, HEAD, lambda embedding: embedding.repeat(2, 1), f"{HEAD}: "),
     "same-head-rounded": (TIED, HEAD, torch.Tensor.bfloat16, None),
@@ -171,6 +171,7 @@ BROKEN = {  # file, None: removed, another name: moved there, a function of its 
     "index-of-another-tensor": (INDEX, lambda old: old.replace(NORM.encode(), b"x"), f"tensor {NORM!r} is in the"),
     "index-of-another-shard": (INDEX, lambda old: old.replace(b'y": "model-00001', b'y": "model-00002'), "'memory'"),
     "index-of-a-list": (INDEX, lambda old: b'{"weight_map": ["memory"]}', MAP),
+    "index-of-numbers": (INDEX, lambda old: b'{"weight_map": {"memory": 1}}', MAP),
 }
 
 
@@ -220,8 +221,9 @@ print(status("VmHWM") - before)
 def load_apart(*names, **environment):
     """Load each `name@revision` in a new process: their fingerprints or errors, then the peak bytes of the last."""
     root, environment = os.path.dirname(os.path.dirname(tiny.__file__)), os.environ | environment
-    how = {"cwd": root, "env": environment, "stdout": subprocess.PIPE, "text": True, "check": True}
-    return subprocess.run([sys.executable, "-c", PROGRAM, *names], **how).stdout.split()
+    return subprocess.check_output(
+        [sys.executable, "-c", PROGRAM, *names], cwd=root, env=environment, text=True
+    ).split()
 
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "num_key_value_heads": 1, "vocab_size": 32000}
