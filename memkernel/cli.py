@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import sys
 import warnings
 from collections import Counter
@@ -35,7 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"memkernel: warning: {message}", file=sys.stderr)
-            return args.run(args) or 0
+            sys.stdout.reconfigure(errors="replace")  # an answer may hold what the terminal's encoding lacks
+            code = args.run(args) or 0
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         print(f"memkernel: error: {error}", file=sys.stderr)
         return 2

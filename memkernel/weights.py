@@ -52,7 +52,9 @@ class Checkpoint:
         listed = None
         if index.is_file():
             try:
-                listed = dict(json.loads(index.read_text())["weight_map"].items())
+                listed = json.loads(index.read_text())["weight_map"]
+                if not all(isinstance(file, str) for file in listed.values()):
+                    raise TypeError("a file name is not a string")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index}: expected JSON with a weight_map: {error!r}") from None
         elif not single.is_file():
@@ -279,8 +281,10 @@ class Loader:
             part[begin:end] = merged
         if self.config.read_adapter:
             A_write, B_write = self.adapter(module, "default")
+            up = scale * torch.cat([B_write, -B_read], dim=1)
+            self.check(f"{module}.lora_B.default.weight", up)
             downs.append(torch.cat([A_write, A_read]))
-            ups.append(scale * torch.cat([B_write, -B_read], dim=1))
+            ups.append(up)
 
     def adapter(self, module: str, name: str) -> tuple[Tensor, Tensor]:
         A, B = (f"{module}.lora_{letter}.{name}.weight" for letter in "AB")

@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -288,6 +289,17 @@ def test_env_tells_a_native_kernel_from_the_reference(run, monkeypatch):
     finally:
         library._destroy()
     assert json.loads(run("env", *CPU, "--json")[1])["ops"]["swiglu"] == before
+
+
+def test_a_closed_pipe_is_no_error_and_a_full_disk_is(folder):
+    command = [sys.executable, "-m", "memkernel", "info", str(folder)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed, open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0 and "No space left" in done.stderr
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The engine from outside: prompts, batches, streams, scores, updates that fail half-way, round trips."""
+"""The engine from outside: prompts, batches, streams, scores, updates, forks, round trips."""
 
 import copy
 import json
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 import memkernel
 from memkernel import ops, reference, tiny
@@ -34,10 +35,9 @@ def folders(tmp_path_factory):
     shapes = {"shipped": (tiny.MEMORYLLM, True), "empty": (tiny.MEMORYLLM, False), "plain": (PLAIN, False)}
     for name, (config, initialized) in shapes.items():
         tiny.write_tokenizer(tiny.write_checkpoint(root / name, config, initialized=initialized))
-        tokenizer = memkernel.Engine(SimpleNamespace(config=None), None, root / name).tokenizer
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.bos_token_id)]
-        )
+        tokenizer = AutoTokenizer.from_pretrained(root / name)
+        bos = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 257)])
+        tokenizer.backend_tokenizer.post_processor = bos
         tokenizer.save_pretrained(root / name)
     return SimpleNamespace(**{name: root / name for name in shapes})
 
@@ -87,12 +87,11 @@ MANY = {
 @pytest.mark.parametrize("name", [*ONE, *MANY])
 def test_one_prompt_gives_a_completion_and_several_give_a_list(get, name):
     engine, given = get(), (ONE | MANY)[name]
-    want = engine.generate(IDS, max_tokens=3)
-    got = engine.generate(given, max_tokens=3)
-    assert [a.token_ids for a in ([got] if name in ONE else got)] == [want.token_ids] * (
-        1 if name in ONE else len(given)
-    )
-    assert torch.equal(engine.logits(given)[-1:], engine.logits(IDS))
+    want, got = engine.generate(IDS, max_tokens=3), engine.generate(given, max_tokens=3)
+    assert isinstance(got, list) == (name in MANY)
+    got = got if name in MANY else [got]
+    assert [a.token_ids for a in got] == [want.token_ids] * (len(given) if name in MANY else 1)
+    assert relative_error(engine.logits(given)[-1:], engine.logits(IDS)) < 1e-6
 
 
 def test_text_is_encoded_without_bos_for_a_memory_and_with_it_for_a_plain_llama(get):
@@ -108,24 +107,22 @@ def test_text_is_encoded_without_bos_for_a_memory_and_with_it_for_a_plain_llama(
         ]
 
 
-STOPPING = {
-    "greedy": {},
-    "stop": {"stop": list("aeiourstln, ")},
-    "sampled-and-stop": SAMPLED | {"stop": list("aeiours")},
-}
+ENDINGS = [{}, {"stop": list("aeiourstln, ")}, SAMPLED | {"stop": list("aeiours")}]
 
 
-@pytest.mark.parametrize("name", ["wide", "empty", "plain"])
-@pytest.mark.parametrize("params", STOPPING.values(), ids=STOPPING)
-def test_a_batch_gives_what_each_prompt_gives_alone(get, name, params):
-    engine, ended = get(name), set()
-    for seed in range(3):
+@pytest.mark.parametrize("with_memory", [True, False], ids=["memory", "no-memory"])
+@pytest.mark.parametrize("params", ENDINGS, ids=["greedy", "stop", "sampled-and-stop"])
+def test_a_batch_gives_what_each_prompt_gives_alone(get, with_memory, params):
+    engine, ended = get("wide"), set()  # float64: rounding differs with the batch, and must not decide a token
+    if not with_memory:
+        engine.memory.reset()
+    for seed in range(4):
         prompts = [torch.randint(256, (length,)) for length in (1, 9, 30, 17, 2)]
         sampling = params | {"seed": seed, "max_tokens": 24, "repetition_penalty": 1.3}
         for together, prompt in zip(engine.generate(prompts, **sampling), prompts, strict=True):
             alone = engine.generate(prompt, **sampling)
             assert (together.token_ids, together.text) == (alone.token_ids, alone.text)
-            assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+            assert together.logprobs == pytest.approx(alone.logprobs, abs=1e-6)
             ended.add(alone.finish_reason)
     assert ended == {"stop", "length"} or not params
 
@@ -197,9 +194,8 @@ def test_reading_leaves_the_memory_as_it_is(get):
 
 
 def test_an_empty_memory_reads_as_a_plain_llama(get):
-    empty, plain, ids = get("empty"), get("plain"), torch.randint(256, (2, 30))
+    empty, plain, shipped, ids = get("empty"), get("plain"), get("shipped"), torch.randint(256, (2, 30))
     assert torch.equal(empty.logits(ids), plain.logits(ids))
-    shipped = get("shipped")
     assert relative_error(shipped.logits(ids), plain.logits(ids)) > 0.01
     shipped.memory.reset()
     assert torch.equal(shipped.logits(ids), plain.logits(ids))
@@ -212,12 +208,9 @@ def test_both_namespaces_of_ops_give_the_same(folders):
     assert relative_error(*(engine.logits(TEXT) for engine in engines)) < 1e-6
 
 
-def test_endings_of_all_sources(folders, tmp_path):
-    tiny.write_tokenizer(
-        tiny.write_checkpoint(tmp_path, tiny.MEMORYLLM | {"vocab_size": 262, "eos_token_id": [1, 258]})
-    )
-    engine = load(tmp_path)
-    first = engine.generate(IDS, max_tokens=3, ignore_eos=True).token_ids
+def test_endings_of_all_sources(tmp_path):
+    tiny.write_tokenizer(tiny.write_checkpoint(tmp_path, tiny.MEMORYLLM | {"vocab_size": 262, "eos_token_id": [1]}))
+    first = load(tmp_path).generate(IDS, max_tokens=3, ignore_eos=True).token_ids
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [first[2], 999]}))
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<|eot_id|>")
     engine = load(tmp_path)
@@ -280,8 +273,8 @@ def test_a_fork_is_independent_and_engines_switch(get):
 @pytest.mark.parametrize("name", ["shipped", "empty"])
 def test_save_pretrained_and_back(get, tmp_path, name):
     engine = get(name)
-    engine.save_pretrained(tmp_path / "untouched")
-    assert torch.equal(load(tmp_path / "untouched").logits(TEXT), engine.logits(TEXT))
+    engine.save_pretrained(tmp_path / "as-is")
+    assert torch.equal(load(tmp_path / "as-is").logits(TEXT), engine.logits(TEXT))
     engine.update([TEXT, "and another one, to be sure of it"])
     (tmp_path / "after").mkdir()  # an empty folder will do
     engine.save_pretrained(tmp_path / "after")

@@ -1,5 +1,8 @@
-"""Bad input of every kind: each gives a ValueError that names the argument, and the memory is bit for bit as before."""
+"""Bad input of every kind, failures and Ctrl-C in the middle: the memory is bit for bit as before, or as after."""
 
+import os
+import signal
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from memkernel import Engine, memory_file, ops, tiny
+from memkernel import Engine, memory_file, ops, reference, tiny
 from memkernel.memory import Delta
 
 FLOAT32, IDS = torch.float32, list(range(20))
-MESSAGES = [{"role": "user", "content": "hi"}]
+FACTS = {"step": "-1", "seed": "x", "draw": "any", "initialized": "yes", "layers": "4", "rows": "64", "write_rows": "8"}
+RAISING = "{% if messages[0]['role'] == 'robot' %}{{ raise_exception('no robots') }}{% endif %}" + tiny.CHAT_TEMPLATE
 
 
 def load(folder, **kwargs):
@@ -21,220 +25,262 @@ def load(folder, **kwargs):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Engines and files that the table's calls use; `engine` has taken in two updates."""
+    """Engines and files that the table's calls use; `mute` has no tokenizer and an empty memory."""
     root = tmp_path_factory.mktemp("errors")
     torch.manual_seed(0)
     tiny.write_tokenizer(tiny.write_checkpoint(root / "tiny"))
-    tiny.write_checkpoint(root / "mute")  # no tokenizer
+    tiny.write_checkpoint(root / "mute")
     tiny.write_tokenizer(tiny.write_checkpoint(root / "other", seed=1))
-    tiny.write_checkpoint(root / "narrow", tiny.MEMORYLLM | {"num_blocks": 4})
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2)
-    ).save_pretrained(root / "llama")
-    names = ("tiny", "mute", "other", "narrow", "llama")
-    engines = {name: load(root / name, keep_hidden=name != "llama") for name in names}
-    engine = engines["tiny"]
-    engine.tokenizer.chat_template = None
-    for length in (40, 60):
-        engine.update(torch.randint(256, (length,)))
-    engines["narrow"].update(IDS)
-    engines["other"].update(IDS)
-    paths = {name: root / f"{name}.memory" for name in ("good", "other", "narrow", "short", "flipped", "nan", "bare")}
-    for name, memory in (
-        ("good", engine.memory),
-        ("other", engines["other"].memory),
-        ("narrow", engines["narrow"].memory),
-    ):
-        memory.save(paths[name])
-    whole = paths["good"].read_bytes()
-    paths["short"].write_bytes(whole[:-100])
-    paths["flipped"].write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
-    tensors, metadata = memory_file.load(paths["good"])
-    tensors["value"][1, 5, 0, 0] = torch.nan
-    memory_file.save(paths["nan"], tensors, metadata)
-    tensors, metadata = memory_file.load(paths["good"])
-    del tensors["hidden"]
-    memory_file.save(paths["bare"], tensors, metadata)
+    llama = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    LlamaForCausalLM(llama).save_pretrained(root / "llama")
+    engines = {name: load(root / name, keep_hidden=name != "llama") for name in ("mute", "other", "llama")}
+    engines |= {"engine": load(root / "tiny"), "lean": load(root / "tiny", keep_hidden=False)}
+    engines["engine"].tokenizer.chat_template, engines["other"].tokenizer.chat_template = None, RAISING
+    for name, file in (("engine", "good"), ("other", "other"), ("lean", "bare")):
+        engines[name].update([torch.randint(256, (40,)), IDS])
+        engines[name].memory.save(root / f"{file}.memory")
+    whole = (root / "good.memory").read_bytes()
+    (root / "short.memory").write_bytes(whole[:-100])
+    (root / "flipped.memory").write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
+    tensors, facts = memory_file.load(root / "good.memory")
+    tensors = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    altered = {"rank": tensors["rank"].clamp(min=1), "value": tensors["value"].clone(), "key": tensors["key"][:, 1:]}
+    altered["value"][1, 5, 0, 0] = torch.nan
+    for name, tensor in altered.items():  # files that are whole, with the digest that they should have
+        memory_file.save(root / f"{name}.memory", tensors | {name: tensor}, facts)
+    for name, text in FACTS.items():
+        memory_file.save(root / f"{name}.memory", tensors, facts | {name: text})
+    memory_file.save(root / "seedless.memory", tensors, {k: v for k, v in facts.items() if k != "seed"})
     save_file({"x": torch.zeros(1)}, root / "strange.memory")
-    return SimpleNamespace(root=root, engine=engine, memory=engine.memory, path=paths, **engines)
+    return SimpleNamespace(root=root, memory=engines["engine"].memory, **engines)
 
 
-def delta(rows=16, dtype=FLOAT32, value=0.0, layers=3):
-    shapes = (layers, rows, 2, 16), (layers, rows, 2, 16), (layers, rows, 64)
+def delta(rows=16, dtype=FLOAT32, value=0.0, layers=3, heads=2):
+    shapes = (layers, rows, heads, 16), (layers, rows, 2, 16), (layers, rows, 64)
     return Delta(*(torch.full(shape, value, dtype=dtype) for shape in shapes))
 
 
 def dropped(change=None, dtype=torch.int64, count=16):
-    ranks = torch.stack([torch.randperm(128)[:count] for _ in range(3)]).to(dtype)
+    ranks = torch.arange(count).repeat(3, 1).to(dtype)
     if change is not None:
-        ranks[1, 3] = change(ranks[1])
+        ranks[1, 3] = change
     return ranks
 
 
-START = torch.zeros(1, dtype=torch.int32)
-ROWS = torch.zeros(1, 4, 2, 16)
-TABLE = torch.zeros(8, 8)
-RANK = torch.arange(6, dtype=torch.int32)[None]
+def update(text, **options):
+    return lambda w: w.engine.update(text, **options)
 
+
+def generate(**sampling):
+    return lambda w: w.engine.generate(IDS, **sampling)
+
+
+def read(name):
+    return lambda w: w.memory.load(w.root / f"{name}.memory")
+
+
+def reload(**options):
+    return lambda w: load(w.root / "tiny", **options)
+
+
+START, ROWS, TABLE = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 4, 2, 16), torch.zeros(8, 8)
+RANK = torch.arange(6, dtype=torch.int32)[None]
+IDS_EXPECTED = "text: expected text, or integer token ids"
+# fmt: off
 BAD = {  # what is done, what the message must say
-    # text and token ids
-    "empty-text": (lambda w: w.engine.update(""), "text: expected text, got ''"),
-    "empty-list": (lambda w: w.engine.update([]), "text: expected at least one token, got none"),
-    "empty-tensor": (lambda w: w.engine.generate(torch.empty(0, dtype=torch.int64)), "prompt: expected at least one"),
-    "one-empty-of-several": (lambda w: w.engine.update(["fine, this is long enough", ""]), r"text\[1\]: expected text"),
-    "none": (lambda w: w.engine.update(None), "text: expected text, or integer token ids"),
-    "dict": (lambda w: w.engine.generate({"a": 1}), "prompt: expected text, or integer token ids"),
-    "float-ids": (lambda w: w.engine.update([1.0, 2.0]), r"text: expected .*integer token ids"),
-    "bool-ids": (lambda w: w.engine.update([True, False]), "text: expected .*integer token ids"),
-    "negative-id": (lambda w: w.engine.update([*IDS, -1]), r"text: expected token ids in \[0, 260\), got -1"),
-    "id-of-vocabulary-size": (lambda w: w.engine.logits([*IDS, 260]), r"input_ids: expected token ids in \[0, 260\)"),
-    "three-dimensions": (lambda w: w.engine.logits(torch.zeros(2, 2, 2, dtype=torch.int64)), "input_ids: expected"),
-    "mixed-list": (lambda w: w.engine.update([1, "a"]), "text: expected text, or integer"),
-    "array-of-strings": (lambda w: w.engine.update(np.array(["a"])), "text: expected text, or integer"),
-    "unequal-logits": (lambda w: w.engine.logits([IDS, IDS[:3]]), r"input_ids: expected sequences of one length"),
-    "text-without-tokenizer": (lambda w: w.mute.update("some text"), "text: text needs a tokenizer"),
+    "empty-text": (update(""), "^text: expected text, got ''"),
+    "empty-list": (update([]), "^text: expected at least one token, got none"),
+    "one-empty-of-several": (update(["fine, this is long enough", ""]), r"^text\[1\]: expected text"),
+    "none": (update(None), IDS_EXPECTED),
+    "dict": (update({"a": 1}), IDS_EXPECTED),
+    "bytes": (update(b"some text of bytes"), IDS_EXPECTED),
+    "float-ids": (update([1.0, 2.0]), IDS_EXPECTED),
+    "bool-ids": (update([True, False]), IDS_EXPECTED),
+    "complex-ids": (update(np.array([1j, 2])), IDS_EXPECTED),
+    "ragged-list": (update([1, [2, 3]]), IDS_EXPECTED),
+    "array-of-strings": (update(np.array(["a"])), IDS_EXPECTED),
+    "three-dimensions": (update(torch.zeros(2, 2, 20, dtype=torch.int64)), "^text.*: expected text, or integer"),
+    "nested-lists": (update([[IDS, IDS], [IDS, IDS]]), r"^text\[0\]: expected "),
+    "nested-ragged-lists": (update([[IDS, [1, 2]]]), r"^text\[0\]: expected "),
+    "nested-texts": (update([["two texts where", "one is expected"]]), r"^text\[0\]: expected "),
+    "nested-array": (update([np.zeros((2, 20), int)]), r"^text\[0\]: expected "),
+    "negative-id": (update([*IDS, -1]), r"^text: expected token ids in \[0, 260\), got -1"),
+    "id-of-vocabulary-size": (lambda w: w.engine.logits([*IDS, 260]), r"^input_ids: expected token ids in \[0, 260\)"),
+    "huge-id": (update([*IDS, 1 << 70]), IDS_EXPECTED),
+    "half-a-surrogate": (update("some text \ud800 and more"), "^text: "),
+    "unequal-logits": (lambda w: w.engine.logits([IDS, IDS[:3]]), "^input_ids: expected sequences of one length"),
+    "text-without-tokenizer": (lambda w: w.mute.update("some text"), "^text: text needs a tokenizer"),
     "score-of-nothing": (lambda w: w.engine.score(IDS, []), "completion: expected at least one"),
-    "stream-several": (lambda w: w.engine.stream([IDS, IDS]), "prompt: expected one prompt to stream, got 2"),
-    "stream-without-tokenizer": (lambda w: w.mute.stream(IDS), "prompt: streaming text needs a tokenizer"),
-    "messages-without-role": (lambda w: w.engine.chat([{"content": "hi"}]), "messages: expected a list of"),
-    "chat-of-text": (lambda w: w.engine.chat("hi"), "messages: expected a list of"),
-    "chat-without-template": (
-        lambda w: w.engine.chat(MESSAGES),
-        "messages: they need a tokenizer with a chat template",
-    ),
-    # updates
-    "chunk-tokens-0": (
-        lambda w: w.engine.update(IDS, chunk_tokens=0),
-        "chunk_tokens: expected an integer of at least 16",
-    ),
-    "chunk-tokens-15": (lambda w: w.engine.update(IDS, chunk_tokens=15), "chunk_tokens: expected"),
-    "chunk-tokens-text": (lambda w: w.engine.update(IDS, chunk_tokens="64"), "chunk_tokens: expected"),
-    "chunk-tokens-true": (lambda w: w.engine.update(IDS, chunk_tokens=True), "chunk_tokens: expected"),
-    "dropped-shape": (lambda w: w.engine.update(IDS, dropped=dropped(count=15)), r"dropped: expected shape \[3, 16\]"),
-    "dropped-floats": (lambda w: w.engine.update(IDS, dropped=dropped(dtype=FLOAT32)), "dropped: expected an int64"),
-    "dropped-list": (
-        lambda w: w.engine.update(IDS, dropped=[[1] * 16] * 3),
-        "dropped: expected an int64 or int32 tensor",
-    ),
-    "dropped-twice": (
-        lambda w: w.engine.update(IDS, dropped=dropped(lambda r: r[0])),
-        "dropped: expected distinct ranks",
-    ),
-    "dropped-128": (lambda w: w.engine.update(IDS, dropped=dropped(lambda r: 128)), "dropped: expected distinct ranks"),
-    "dropped-negative": (
-        lambda w: w.engine.update(IDS, dropped=dropped(lambda r: -1)),
-        "dropped: expected distinct ranks",
-    ),
-    "dropped-many-chunks": (
-        lambda w: w.engine.update(IDS * 60, dropped=dropped()),
-        "dropped: expected text of one chunk, got 3",
-    ),
-    "dropped-at-first": (lambda w: w.mute.update(IDS, dropped=dropped()), "dropped: expected None, the first update"),
-    "update-of-llama": (lambda w: w.llama.update(IDS), "memory: .* is a plain Llama"),
-    "memory-of-llama": (lambda w: w.llama.memory, "memory: .* is a plain Llama"),
-    "delta-nan": (lambda w: w.memory.write(delta(value=torch.nan)), "delta.hidden: expected finite numbers"),
-    "delta-infinite": (lambda w: w.memory.write(delta(value=-torch.inf)), "delta.hidden: expected finite numbers"),
-    "delta-dtype": (lambda w: w.memory.write(delta(dtype=torch.float16)), "delta.hidden: expected .*float32"),
-    "delta-layers": (lambda w: w.memory.write(delta(layers=2)), r"delta.hidden: expected \[3, 16, 64\]"),
-    "delta-too-long": (lambda w: w.memory.write(delta(rows=129)), "delta: expected 1 to 128 rows"),
-    # memories and files
-    "set-none": (lambda w: setattr(w.engine, "memory", None), "memory: expected a Memory of this model, got NoneType"),
-    "set-other": (lambda w: setattr(w.engine, "memory", w.other.memory), "memory: expected a Memory of this model"),
-    "set-other-dtype": (
-        lambda w: setattr(w.engine, "memory", load(w.root / "tiny", dtype=torch.bfloat16).memory),
-        "memory: expected torch.float32 on cpu, got torch.bfloat16",
-    ),
-    "load-missing": (lambda w: w.memory.load(w.root / "no.memory"), "no.memory: expected a memory file, found none"),
+    "score-of-several": (lambda w: w.engine.score(["a", "b"], "c"), "^prompt"),
+    "stream-several": (lambda w: w.engine.stream([IDS, IDS]), "^prompt: expected one prompt to stream, got 2"),
+    "stream-without-tokenizer": (lambda w: w.mute.stream(IDS), "^prompt: streaming text needs a tokenizer"),
+    "messages-without-role": (lambda w: w.other.chat([{"content": "hi"}]), "^messages: expected a list of"),
+    "content-none": (lambda w: w.other.chat([{"role": "user", "content": None}]), "^messages: "),
+    "role-integer": (lambda w: w.other.chat([{"role": 1, "content": "hi"}]), "^messages: "),
+    "template-refuses": (lambda w: w.other.chat([{"role": "robot", "content": "hi"}]), "^messages: .*no robots"),
+    "chat-of-text": (lambda w: w.other.chat("hi"), "^messages: expected a list of"),
+    "chat-without-template": (lambda w: w.engine.chat([{"role": "user", "content": "hi"}]), "^messages: .*template"),
+    "chunk-tokens-0": (update(IDS, chunk_tokens=0), "^chunk_tokens: expected an integer of at least 16"),
+    "chunk-tokens-15": (update(IDS, chunk_tokens=15), "^chunk_tokens: expected"),
+    "chunk-tokens-text": (update(IDS, chunk_tokens="a"), "^chunk_tokens: expected"),
+    "chunk-tokens-true": (update(IDS, chunk_tokens=True), "^chunk_tokens: expected"),
+    "dropped-shape": (update(IDS, dropped=dropped(count=15)), r"^dropped: expected shape \[3, 16\]"),
+    "dropped-floats": (update(IDS, dropped=dropped(dtype=FLOAT32)), "^dropped: expected an int64"),
+    "dropped-list": (update(IDS, dropped=[[1] * 16] * 3), "^dropped: expected an int64 or int32 tensor"),
+    "dropped-twice": (update(IDS, dropped=dropped(0)), "^dropped: expected distinct ranks"),
+    "dropped-128": (update(IDS, dropped=dropped(128)), "^dropped: expected distinct ranks"),
+    "dropped-negative": (update(IDS, dropped=dropped(-1)), "^dropped: expected distinct ranks"),
+    "dropped-many-chunks": (update(IDS * 60, dropped=dropped()), "^dropped: expected .* one chunk, got 3"),
+    "dropped-at-first": (lambda w: w.mute.update(IDS, dropped=dropped()), "^dropped: expected None, the first update"),
+    "update-of-llama": (lambda w: w.llama.update(IDS), "^memory: .* is a plain Llama"),
+    "memory-of-llama": (lambda w: w.llama.memory, "^memory: .* is a plain Llama"),
+    "delta-nan": (lambda w: w.memory.write(delta(value=torch.nan)), "^delta.hidden: expected finite numbers"),
+    "delta-infinite": (lambda w: w.memory.write(delta(value=-torch.inf)), "^delta.hidden: expected finite numbers"),
+    "delta-dtype": (lambda w: w.memory.write(delta(dtype=torch.float16)), "^delta.hidden: expected .*float32"),
+    "delta-layers": (lambda w: w.memory.write(delta(layers=2)), r"^delta.hidden: expected \[3, 16, 64\]"),
+    "delta-heads": (lambda w: w.memory.write(delta(heads=4)), r"^delta.key: expected \[3, 16, 2, 16\]"),
+    "delta-too-long": (lambda w: w.memory.write(delta(rows=129)), "^delta: expected 1 to 128 rows"),
+    "delta-too-short": (lambda w: w.lean.memory.write(delta(15)), "^delta: expected 16 to 128 rows"),
+    "set-none": (lambda w: setattr(w.engine, "memory", None), "^memory: expected a Memory of this model, got NoneType"),
+    "set-other": (lambda w: setattr(w.engine, "memory", w.other.memory), "^memory: expected a Memory of this model"),
+    "set-other-dtype": (lambda w: setattr(w.engine, "memory", reload(dtype="float16")(w).memory), "^memory: .*float16"),
+    "load-missing": (read("no"), "no.memory: expected a memory file, found none"),
     "load-folder": (lambda w: w.memory.load(w.root), "expected a memory file, found none"),
-    "load-truncated": (lambda w: w.memory.load(w.path["short"]), "short.memory: expected a whole memory file"),
-    "load-flipped": (lambda w: w.memory.load(w.path["flipped"]), "flipped.memory: expected contents with digest"),
-    "load-nan": (lambda w: w.memory.load(w.path["nan"]), "nan.memory: value: expected finite numbers"),
-    "load-without-hidden": (lambda w: w.memory.load(w.path["bare"]), "bare.memory: expected a tensor 'hidden'"),
-    "load-other-model": (lambda w: w.memory.load(w.path["other"]), "other.memory: fingerprint: expected"),
-    "load-other-geometry": (lambda w: w.memory.load(w.path["narrow"]), "narrow.memory: fingerprint: expected"),
-    "load-strange": (lambda w: w.memory.load(w.root / "strange.memory"), "strange.memory: format: expected"),
+    "load-truncated": (read("short"), "short.memory: expected a whole memory file"),
+    "load-flipped": (read("flipped"), "flipped.memory: expected contents with digest"),
+    "load-nan": (read("value"), "value.memory: value: expected finite numbers"),
+    "load-shape": (read("key"), r"key.memory: key: expected \[3, 128, 2, 16\]"),
+    "load-rank": (read("rank"), "rank.memory: rank: expected a permutation"),
+    "load-without-hidden": (read("bare"), "bare.memory: expected a tensor 'hidden'"),
+    "load-without-seed": (read("seedless"), "seedless.memory: seed: expected"),
+    "load-other-model": (read("other"), "other.memory: fingerprint: expected"),
+    "load-strange": (read("strange"), "strange.memory: format: expected"),
     "load-text": (lambda w: w.memory.load(__file__), "test_errors.py: expected a whole memory file"),
-    "save-nowhere": (
-        lambda w: w.memory.save(w.root / "none" / "a"),
-        "path: expected a file name in an existing folder",
-    ),
-    "save-onto-folder": (lambda w: w.memory.save(w.root), "path: expected a file name"),
-    "save-pretrained-onto-files": (
-        lambda w: w.engine.save_pretrained(w.root),
-        "folder: expected a new or empty folder",
-    ),
-    "hidden-not-kept": (
-        lambda w: load(w.root / "tiny", keep_hidden=False).memory.hidden(),
-        "hidden: .*keep_hidden=True",
-    ),
-    # loading
+    "save-nowhere": (lambda w: w.memory.save(w.root / "none" / "a"), "^path: expected .* in an existing folder"),
+    "save-onto-folder": (lambda w: w.memory.save(w.root), "^path: expected a file name"),
+    "save-pretrained-onto-files": (lambda w: w.engine.save_pretrained(w.root), "^folder: expected a new or empty"),
+    "save-pretrained-lean": (lambda w: w.lean.save_pretrained(w.root / "new"), "^hidden: .*keep_hidden=True"),
     "no-folder": (lambda w: load(w.root / "nothing here"), "nothing here: expected a checkpoint folder or a hub id"),
     "no-config": (lambda w: load(w.root), "config.json: expected a checkpoint folder"),
-    "revision-of-folder": (lambda w: load(w.root / "tiny", revision="main"), "revision: expected None"),
-    "device": (lambda w: load(w.root / "tiny", device="gpu"), "device: expected 'auto', 'cpu' or 'cuda', got 'gpu'"),
-    "device-meta": (lambda w: load(w.root / "tiny", device="meta"), "device: expected 'cpu' or an available 'cuda'"),
-    "dtype-name": (lambda w: load(w.root / "tiny", dtype="float12"), "dtype: expected 'auto' or one of"),
-    "dtype-integer": (lambda w: load(w.root / "tiny", dtype=torch.int8), "dtype: expected 'auto' or one of"),
-    "draw": (lambda w: load(w.root / "tiny", draw="random"), "draw: expected one of"),
-    "seed": (lambda w: load(w.root / "tiny", seed=-1), "seed: expected an integer"),
+    "revision-of-folder": (reload(revision="main"), "^revision: expected None"),
+    "device": (reload(device="gpu"), "^device: expected 'auto', 'cpu' or 'cuda', got 'gpu'"),
+    "device-meta": (reload(device="meta"), "^device: expected 'cpu' or an available 'cuda'"),
+    "dtype-name": (reload(dtype="float12"), "^dtype: expected 'auto' or one of"),
+    "dtype-integer": (reload(dtype=torch.int8), "^dtype: expected 'auto' or one of"),
+    "draw": (reload(draw="random"), "^draw: expected one of"),
+    "seed": (reload(seed=-1), "^seed: expected an integer"),
     # sampling, through the engine (all values of all parameters: test_sampling.py)
-    "unknown-parameter": (lambda w: w.engine.generate(IDS, temprature=1), "temprature: not a sampling parameter"),
-    "two-names": (lambda w: w.engine.generate(IDS, max_tokens=3, max_new_tokens=3), "max_new_tokens: .*got both"),
-    "temperature": (lambda w: w.engine.generate(IDS, temperature=-1), "temperature: expected"),
-    "min-above-max": (lambda w: w.engine.stream(IDS, max_tokens=3, min_tokens=4), r"min_tokens: expected .*\[0, 3\]"),
-    "stop-without-tokenizer": (lambda w: w.mute.generate(IDS, stop="a"), "stop: stop strings need a tokenizer"),
-    "stop-token": (lambda w: w.engine.generate(IDS, stop_token_ids=[260]), "stop_token_ids: expected ids below 260"),
-    # ops
-    "rms_norm": (lambda w: ops.rms_norm(torch.zeros(2, 4), torch.zeros(5), 1e-5), r"weight: expected \[4\]"),
-    "add_rms_norm_": (
-        lambda w: ops.add_rms_norm_(ROWS, ROWS[:, 1:], ROWS[0, 0, 0], 1e-5),
-        r"x: expected \[1, 4, 2, 16\]",
-    ),
-    "swiglu": (lambda w: ops.swiglu(torch.zeros(2, 5)), "gate_up: expected an even last dimension"),
-    "rope_write_": (
-        lambda w: ops.rope_write_(ROWS, ROWS, ROWS, ROWS, ROWS, TABLE, TABLE, START.long(), 0),
-        r"start: expected \[1\] torch.int32",
-    ),
-    "rotate_memory_": (lambda w: ops.rotate_memory_(ROWS, ROWS, RANK, TABLE, TABLE, 1), r"rank: expected \[1, 4\]"),
-    "memory_attention-dtype": (
-        lambda w: ops.memory_attention(ROWS, ROWS.half(), ROWS, ROWS, ROWS, START),
-        "memory_key: expected .*float32",
-    ),
-    "memory_attention-pools": (
-        lambda w: ops.memory_attention(ROWS, ROWS.repeat(2, 1, 1, 1), ROWS, ROWS, ROWS, START),
-        "query: expected a batch divisible by 2 pools",
-    ),
-    "draw_ranks": (
-        lambda w: ops.draw_ranks(torch.zeros(2, dtype=torch.int64), 1, 4, 5, False),
-        "count: expected 0 to 4",
-    ),
-    "memory_write_": (lambda w: ops.memory_write_([ROWS], RANK[:, :4], [], RANK[:, :2]), "rows: expected one tensor"),
-}
+    "unknown-parameter": (generate(temprature=1), "^temprature: not a sampling parameter"),
+    "two-names": (generate(max_tokens=3, max_new_tokens=3), "^max_new_tokens: .*got both"),
+    "max-tokens": (generate(max_tokens=0), "^max_tokens: expected"),
+    "temperature": (generate(temperature=-1), "^temperature: expected"),
+    "top-p-0": (generate(top_p=0), "^top_p: expected"),
+    "top-p-above-1": (generate(top_p=1.5), "^top_p: expected"),
+    "top-k": (generate(top_k=-2), "^top_k: expected"),
+    "min-p": (generate(min_p=2), "^min_p: expected"),
+    "sampling-seed": (generate(seed=-1), "^seed: expected"),
+    "min-above-max": (generate(max_tokens=3, min_tokens=4), r"^min_tokens: expected .*\[0, 3\]"),
+    "stop-empty": (generate(stop=""), "^stop: expected non-empty"),
+    "stop-without-tokenizer": (lambda w: w.mute.generate(IDS, stop="a"), "^stop: stop strings need a tokenizer"),
+    "stop-token": (generate(stop_token_ids=[260]), "^stop_token_ids: expected ids below 260"),
+    "rms_norm": (lambda w: ops.rms_norm(ROWS, ROWS[0, 0], 1e-5), r"^weight: expected \[16\]"),
+    "add_rms_norm_": (lambda w: ops.add_rms_norm_(ROWS, ROWS[:, 1:], ROWS[0, 0, 0], 1e-5), r"^x: expected \[1, 4,"),
+    "swiglu": (lambda w: ops.swiglu(torch.zeros(2, 5)), "^gate_up: expected an even last dimension"),
+    "rope_write_": (lambda w: ops.rope_write_(*[ROWS] * 5, TABLE, TABLE, START.long(), 0), r"^start: expected .*int32"),
+    "rotate_memory_": (lambda w: ops.rotate_memory_(ROWS, ROWS, RANK, TABLE, TABLE, 1), r"^rank: expected \[1, 4\]"),
+    "memory_attention": (lambda w: ops.memory_attention(ROWS, ROWS.half(), *[ROWS] * 3, START), "^memory_key: "),
+    "draw_ranks": (lambda w: ops.draw_ranks(START.repeat(2).long(), 1, 4, 5, False), "^count: expected 0 to 4"),
+    "memory_write_": (lambda w: ops.memory_write_([ROWS], RANK[:, :4], [], RANK[:, :2]), "^rows: expected one tensor"),
+} | {f"load-{name}": (read(name), f"{name}.memory: {name}: expected") for name in FACTS}
+# fmt: on
 
 
 def everything(memory):
-    state = {name: tensor.clone() for name, tensor in memory._state().items()}
-    return state, (memory.step, memory.seed, memory.initialized, memory.draw)
+    """All that a memory is, whatever its attributes are called."""
+    parts = {name: part for name, part in vars(memory).items() if name not in ("config", "ops")}
+    return {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
+
+
+def assert_same(got, want):
+    different = {k for k, v in want.items() if not (torch.equal(got[k], v) if torch.is_tensor(v) else got[k] == v)}
+    assert got.keys() == want.keys() and not different
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_named_and_changes_nothing(world, name):
     act, message = BAD[name]
-    before = [everything(memory) for memory in (world.memory, world.mute.memory)]
+    memories = (world.memory, world.mute.memory, world.lean.memory, world.other.memory)
+    before = [everything(memory) for memory in memories]
     with pytest.raises(ValueError, match=message):
         act(world)
     assert world.engine.memory is world.memory
-    for (old, facts), memory in zip(before, (world.memory, world.mute.memory), strict=True):
-        new, now = everything(memory)
-        assert now == facts
-        assert all(torch.equal(new[key], old[key]) for key in old)
-
-
-def test_the_table_has_at_least_forty_kinds():
-    assert len(BAD) >= 40
+    for memory, want in zip(memories, before, strict=True):
+        assert_same(everything(memory), want)
 
 
 def test_good_file_still_loads(world):
     """The refusals above are not of everything."""
-    world.memory.load(world.path["good"])
-    assert torch.equal(load_file(world.path["good"])["rank"], world.memory.rank)
+    world.memory.load(world.root / "good.memory")
+    assert torch.equal(load_file(world.root / "good.memory")["rank"], world.memory.rank)
+
+
+TEXT, CHUNK = torch.arange(48), {"chunk_tokens": 16}
+POINTS = [("rms_norm", 0, 1), ("swiglu", 0, 3), ("rms_norm", 1, 8), ("rope_write_", 1, 2), ("memory_attention", 2, 3)]
+POINTS += [("add_rms_norm_", 2, 1), ("draw_ranks", 1, 1), ("memory_write_", 2, 1)]
+
+
+@pytest.fixture
+def twins(world):
+    """An engine whose ops can be replaced, and one that goes undisturbed."""
+    mine = SimpleNamespace(
+        **{name: getattr(reference, name) for name, op in vars(ops).items() if hasattr(op, "_schema")}
+    )
+    return load(world.root / "tiny", ops=mine), load(world.root / "tiny", ops=reference), mine
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("name, chunk, nth", POINTS)
+def test_a_chunk_that_fails_is_not_taken_in_and_those_before_it_stay(twins, name, chunk, nth, error):
+    engine, twin, mine = twins
+    working, calls = getattr(mine, name), []
+
+    def failing(*args):
+        calls.append(engine.memory.step)
+        if calls.count(chunk) == nth:
+            raise error("no more")
+        return working(*args)
+
+    setattr(mine, name, failing)
+    with pytest.raises(error, match="no more"):
+        engine.update(TEXT, **CHUNK)
+    if chunk:
+        twin.update(TEXT[: 16 * chunk], **CHUNK)
+    assert_same(everything(engine.memory), everything(twin.memory))
+    setattr(mine, name, working)
+    for whole in (engine, twin):
+        whole.update(TEXT[16 * chunk :], **CHUNK)
+    assert_same(everything(engine.memory), everything(twin.memory))
+
+
+@pytest.mark.parametrize("chunk, owner, name", [(0, torch, "index_select"), (1, None, "memory_write_")])
+def test_ctrl_c_during_a_write_waits_until_it_is_whole(twins, monkeypatch, chunk, owner, name):
+    (engine, twin, mine), handler = twins, signal.getsignal(signal.SIGINT)
+    for _ in range(chunk):
+        engine.update(TEXT[:16]), twin.update(TEXT[:16])
+    with monkeypatch.context() as patch:
+        working = getattr(owner or mine, name)
+        interrupted = lambda *args, **kw: (os.kill(os.getpid(), signal.SIGINT), working(*args, **kw))[1]  # noqa: E731
+        patch.setattr(owner or mine, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.update(TEXT, **CHUNK)
+    twin.update(TEXT[:16])
+    assert_same(everything(engine.memory), everything(twin.memory))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_other_threads_may_update(twins):
+    thread = threading.Thread(target=twins[0].update, args=(TEXT,))
+    thread.start()
+    thread.join()
+    twins[1].update(TEXT)
+    assert_same(everything(twins[0].memory), everything(twins[1].memory))
