@@ -163,8 +163,7 @@ def _ask(args: argparse.Namespace) -> None:
         return
     facts = {"question": args.question, **asdict(engine.generate(prompt, **_sampling(args)))}
     del facts["top_logprobs"]  # there is no option that asks for them
-    facts["updates"] = engine.memory.step if engine.config.has_memory else None
-    report(facts, args.json)
+    report(facts | {"updates": engine.memory.step if engine.config.has_memory else None}, args.json)
 
 
 def _chat(args: argparse.Namespace) -> None:
@@ -258,5 +257,4 @@ def _env(args: argparse.Namespace) -> None:
     has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, device.type.upper()
     plain = "reference (plain PyTorch), no native kernel in this version"
     facts["ops"] = {name: f"{key} kernel" if has_kernel(f"memkernel::{name}", key) else plain for name in names}
-    facts["environment"] = collect_env.get_pretty_env_info()
-    report(facts, args.json)
+    report(facts | {"environment": collect_env.get_pretty_env_info()}, args.json)

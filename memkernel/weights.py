@@ -21,7 +21,7 @@ from memkernel.model import Layer, Linear, Llama
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 FLOATS = ("F64", "F32", "F16", "BF16")
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES = 8 << 20
 PROJECTED_ROWS = 2048  # memory rows projected at a time while loading
 SAMPLES = 1024  # numbers of each tensor that enter the fingerprint, beside its least and greatest
 

