@@ -291,15 +291,13 @@ def test_env_tells_a_native_kernel_from_the_reference(run, monkeypatch):
     assert json.loads(run("env", *CPU, "--json")[1])["ops"]["swiglu"] == before
 
 
-def test_a_closed_pipe_is_no_error_and_a_full_disk_is(folder):
-    command = [sys.executable, "-m", "memkernel", "info", str(folder)]
+def test_a_closed_pipe_is_no_error(folder):
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "wb") as closed, open("/dev/full", "wb") as full:
+    with open(writer, "wb") as closed:
+        command = [sys.executable, "-m", "memkernel", "info", str(folder)]
         done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode != 0 and "No space left" in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
