@@ -208,7 +208,7 @@ class _Keys:
 def _memory_fields(keys: _Keys) -> dict:
     names = ("num_blocks", "num_tokens")
     given = [name for name in names if keys.raw.get(name) is not None]
-    if not given:
+    if not given and keys.raw.get("model_type") != "memoryllm":
         return {}
     blocks, write_rows = (keys.integer(name) for name in names)
     rows = blocks * write_rows
