@@ -1,4 +1,4 @@
-"""The published data flow in plain PyTorch: an oracle for the tests and a rival for the benchmarks.
+"""The published data flow in plain PyTorch: an oracle for the tests.
 
 What the published implementation of MemoryLLM computes, and how: the pool is kept as hidden states, normed and
 projected again for every prompt; memory and text are concatenated, heads expanded, a dense mask built; an update
@@ -107,7 +107,8 @@ class Published:
         return F.rms_norm(x, x.shape[-1:], self.weights[weight], self.config["rms_norm_eps"])
 
     def _rope(self, x: Tensor, position: Tensor) -> Tensor:
-        scaling = self.config.get("rope_scaling") or {"factor": 1.0}
+        scaling = self.config.get("rope_scaling") or {"type": "linear", "factor": 1.0}
+        assert scaling["type"] == "linear", "only what published MemoryLLM checkpoints use"
         half = torch.arange(0, self.head_size, 2, device=x.device).float()
         inverse = 1.0 / self.config["rope_theta"] ** (half / self.head_size)
         angle = (position.float() / scaling["factor"])[:, None] * inverse

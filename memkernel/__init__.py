@@ -1,7 +1,7 @@
-"""memkernel: self-updating language models near the limit of the hardware.
+"""memkernel: self-updating language models, computed exactly as published and without the waste.
 
 engine = memkernel.Engine.from_pretrained("YuWangX/memoryllm-8b-chat")
-engine.update("David said that he likes apples.")
+engine.update("David said that he likes apples. " * 3)
 engine.generate("What fruit does David like? Answer:").text
 """
 

@@ -58,7 +58,7 @@ class Rope:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
+    original_max_position_embeddings: float = 0.0
 
     def frequencies(self, head_size: int) -> Tensor:
         """Radians per position of each rotated pair: [D/2] float32, CPU."""
@@ -131,7 +131,7 @@ class ModelConfig:
         """Build from the parsed config.json. Raises ValueError naming the key."""
         if not isinstance(raw, dict):
             raise ValueError(f"expected a JSON object, got {type(raw).__name__}")
-        keys = _Keys(raw)
+        keys = Keys(raw)
         model_type = raw.get("model_type", "llama")
         if model_type not in ("llama", "memoryllm"):
             raise ValueError(f"model_type: expected 'llama' or 'memoryllm', got {model_type!r}")
@@ -168,7 +168,7 @@ class ModelConfig:
         return config
 
 
-class _Keys:
+class Keys:
     """A dictionary remembering which keys were read; `prefix` names the key it is nested under."""
 
     def __init__(self, raw: dict, prefix: str = ""):
@@ -205,7 +205,7 @@ class _Keys:
         return tuple(ids)
 
 
-def _memory_fields(keys: _Keys) -> dict:
+def _memory_fields(keys: Keys) -> dict:
     names = ("num_blocks", "num_tokens")
     given = [name for name in names if keys.raw.get(name) is not None]
     if not given and keys.raw.get("model_type") != "memoryllm":
@@ -236,12 +236,12 @@ def _lora(raw: dict | None) -> Lora | None:
     for key in set(raw) - {"r", "lora_alpha", "target_modules"} - _LORA_IGNORED:
         if raw[key] not in (None, False, "none", [], {}):
             raise ValueError(f"lora_config.{key}: not implemented, got {raw[key]!r}")
-    keys = _Keys(raw, "lora_config.")
+    keys = Keys(raw, "lora_config.")
     rank = keys.integer("r")
     return Lora(rank, keys.number("lora_alpha") / rank, tuple(targets))
 
 
-def _rope(keys: _Keys, memory_rows: int, write_rows: int) -> Rope:
+def _rope(keys: Keys, memory_rows: int, write_rows: int) -> Rope:
     """Accepts rope_theta + rope_scaling, the newer rope_parameters, and the 7B's interpolate_position_ids."""
     theta = keys.number("rope_theta", 10000.0)
     old, new = keys.take("rope_scaling", None), keys.take("rope_parameters", None)
@@ -250,7 +250,7 @@ def _rope(keys: _Keys, memory_rows: int, write_rows: int) -> Rope:
     name, scaling = ("rope_parameters", new) if new is not None else ("rope_scaling", old if old is not None else {})
     if not isinstance(scaling, dict):
         raise ValueError(f"{name}: expected an object, got {scaling!r}")
-    nested = _Keys(scaling, f"{name}.")
+    nested = Keys(scaling, f"{name}.")
     if "rope_theta" in scaling:
         if keys.raw.get("rope_theta") not in (None, scaling["rope_theta"]):
             raise ValueError(f"rope_theta: {theta} contradicts {name}.rope_theta {scaling['rope_theta']}")

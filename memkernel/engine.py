@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from memkernel import ops as registered_ops
 from memkernel import weights
+from memkernel.config import Keys
 from memkernel.memory import Memory
 from memkernel.model import Llama
 from memkernel.sampling import Completion, Request, SamplingParams
@@ -105,7 +108,10 @@ class Engine:
             return None
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(f"{self.folder}: its tokenizer cannot be loaded: {error}") from error
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -126,10 +132,9 @@ class Engine:
                 f"chunk_tokens: expected an integer of at least {MIN_TOKENS}, or None, got {chunk_tokens!r}"
             )
         texts, _ = self._prompts("text", text)
-        for ids in texts:
-            if len(ids) < MIN_TOKENS:
-                warnings.warn(f"text of {len(ids)} tokens: fewer than {MIN_TOKENS} disturb the memory", stacklevel=3)
         chunks = [chunk for ids in texts for chunk in split_chunks(ids, chunk_tokens)]
+        if (shortest := min(map(len, chunks))) < MIN_TOKENS:
+            warnings.warn(f"text of {shortest} tokens: fewer than {MIN_TOKENS} disturb the memory", stacklevel=3)
         if dropped is not None and len(chunks) != 1:
             raise ValueError(f"dropped: expected text of one chunk, got {len(chunks)} chunks")
         began = time.perf_counter()
@@ -166,7 +171,7 @@ class Engine:
             raise ValueError(f"prompt: streaming text needs a tokenizer, and {self.folder} has none")
         return self._pieces(requests[0])
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what is returned is the caller's to change
     def logits(self, input_ids) -> Tensor:
         """Next-token logits after each token: [B, T, V] float32, on the model's device. The memory is only read.
 
@@ -242,8 +247,10 @@ class Engine:
         found = set(self.config.eos_token_ids)
         generation = self.folder / "generation_config.json"
         if generation.is_file():
-            eos = json.loads(generation.read_text()).get("eos_token_id")
-            found |= set(eos) if isinstance(eos, list) else {eos}
+            try:
+                found |= set(Keys(json.loads(generation.read_text())).token_ids("eos_token_id"))
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{generation}: {error}") from None
         if self.tokenizer is not None:
             found.add(self.tokenizer.eos_token_id)
             if "<|eot_id|>" in (self.tokenizer.chat_template or ""):  # Llama 3 ends a turn with it, not with the eos
@@ -258,19 +265,29 @@ class Engine:
         if isinstance(given, Tensor | np.ndarray) and given.ndim == 2:
             given = list(given) if len(given) > 1 else given.reshape(-1)
         if isinstance(given, list | tuple) and given and isinstance(given[0], str | list | tuple | Tensor | np.ndarray):
-            return [self._prompts(f"{name}[{i}]", one, bos)[0][0] for i, one in enumerate(given)], True
+            inner = [self._prompts(f"{name}[{i}]", one, bos) for i, one in enumerate(given)]
+            for i, (_, nested) in enumerate(inner):
+                if nested:
+                    raise ValueError(f"{name}[{i}]: expected one text or sequence of ids, got a list of several")
+            return [prompts[0] for prompts, _ in inner], True
         if isinstance(given, str):
             return [self._encode(name, given, bos and not self.config.has_memory)], False
         return [self._encode_messages(given) if _is_messages(given) else self._ids(name, given)], False
 
     def _ids(self, name: str, given) -> Tensor:
         try:
-            ids = torch.as_tensor(given)
+            ids = torch.as_tensor(np.ascontiguousarray(given) if isinstance(given, np.ndarray) else given)
         except (TypeError, ValueError, RuntimeError):
             ids = None
         if ids is not None and ids.numel() == 0:
             raise ValueError(f"{name}: expected at least one token, got none")
-        if ids is None or ids.ndim != 1 or ids.dtype.is_floating_point or ids.dtype in (torch.bool, torch.complex64):
+        if (
+            ids is None
+            or ids.ndim != 1
+            or ids.dtype.is_floating_point
+            or ids.dtype.is_complex
+            or ids.dtype == torch.bool
+        ):
             got = f"{list(ids.shape)} {ids.dtype}" if ids is not None else repr(given)[:80]
             raise ValueError(f"{name}: expected text, or integer token ids of shape [T], got {got}")
         ids = ids.to("cpu", torch.int64)
@@ -283,6 +300,8 @@ class Engine:
     def _encode(self, name: str, text: str, special: bool) -> Tensor:
         if self.tokenizer is None:
             raise ValueError(f"{name}: text needs a tokenizer, and {self.folder} has none; pass token ids")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # a byte that was not UTF-8 where it came from
+            raise ValueError(f"{name}: expected text that UTF-8 can hold, got {text!r}")
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
         if not text or not ids:
             raise ValueError(f"{name}: expected text, got {text!r}")
@@ -291,39 +310,49 @@ class Engine:
     def _encode_messages(self, messages: list[dict]) -> Tensor:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError(f"messages: they need a tokenizer with a chat template, and {self.folder} has none")
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        if self.config.has_memory and ids[:1] == [self.tokenizer.bos_token_id]:
-            ids = ids[1:]
-        return self._ids("messages", ids)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"messages: the chat template refuses them: {error}") from None
+        ids = self._encode("messages", text, special=False)
+        bos = self.config.has_memory and len(ids) > 1 and ids[0] == self.tokenizer.bos_token_id
+        return ids[1:] if bos else ids
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint in the published layout: the files this engine was loaded from, with the memory as it is
-        now. Needs keep_hidden=True. The folder must be new or empty."""
+        """Write a checkpoint in the published layout: the one this engine was loaded from, with the memory of now.
+
+        Needs keep_hidden=True. The folder must be new or empty; it appears when it is whole.
+        """
         folder, hidden = Path(folder), self.memory.hidden().cpu()
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"folder: expected a new or empty folder, got {str(folder)!r}")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         source = weights.Checkpoint(self.folder)
-        for file in source.files:
-            tensors = {name: source.read(name) for name, home in source.file_of.items() if home == file}
-            if "memory" in tensors:
-                tensors["memory"] = hidden.to(tensors["memory"].dtype)
-            if "initialized" in tensors:
-                tensors["initialized"] = torch.tensor(int(self.memory.initialized), dtype=torch.uint8)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        for path in self.folder.iterdir():
-            if path.is_file() and path.suffix != ".safetensors":
-                shutil.copy2(path, folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+            whole = Path(partial) / "whole"
+            whole.mkdir()
+            for file in source.files:
+                tensors = {name: source.read(name) for name, home in source.file_of.items() if home == file}
+                if "memory" in tensors:
+                    tensors["memory"] = hidden.to(tensors["memory"].dtype)
+                if "initialized" in tensors:
+                    tensors["initialized"] = torch.tensor(int(self.memory.initialized), dtype=torch.uint8)
+                save_file(tensors, whole / file, metadata={"format": "pt"})
+            for pattern in weights.SMALL_FILES:
+                for path in self.folder.glob(pattern):
+                    shutil.copy2(path, whole)
+            whole.replace(folder)
 
 
 def _is_messages(value) -> bool:
     return (
         isinstance(value, list | tuple)
         and len(value) > 0
-        and all(isinstance(message, dict) and {"role", "content"} <= set(message) for message in value)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
     )
 
 
@@ -343,13 +372,15 @@ def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except (RuntimeError, TypeError):
         raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+    available = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= available:
         raise ValueError(f"device: expected 'cpu' or an available 'cuda', got {str(device)!r}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     chosen, why = dtype, "as asked"
     if dtype == "auto":
-        native = device.type == "cuda" or cpu_has_bfloat16()
+        on_gpu = device.type == "cuda"
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bfloat16()
         chosen = torch.bfloat16 if native else torch.float32
         why = "multiplied natively here" if native else "no bfloat16 instructions here"
     elif isinstance(dtype, str):

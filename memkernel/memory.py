@@ -76,7 +76,7 @@ class Memory:
 
     def write(self, delta: Delta, dropped: Tensor | None = None) -> None:
         """Take in the R rows of `delta`. The first write fills the pool with copies of them; each later one drops R
-        rows a layer at random and appends them. An error or an interrupt leaves the memory as it was.
+        rows a layer at random and appends them. Wrong arguments and Ctrl-C leave the memory as it was.
 
         Args:
             delta: R rows; R >= W, or any R >= 1 while not initialized or if hidden states are kept; R <= M once
@@ -93,11 +93,23 @@ class Memory:
             return
         dropped = self._draw(rows) if dropped is None else self._check_dropped(dropped, rows)
         news = [delta.key, delta.value] if self.hidden_by_slot is None else [delta.key, delta.value, delta.hidden]
+        recent = self._recent_after(delta.hidden, dropped)
         with _uninterrupted():
+            self._rotation_is_stale = True  # also if the write fails
             self.ops.memory_write_(self._pools(), self.rank, news, dropped)
-            W = self.config.write_rows
-            self.recent.copy_(delta.hidden[:, -W:] if rows >= W else self.hidden()[:, -W:])
+            self.recent.copy_(recent)
             self._count_update()
+
+    def _recent_after(self, new: Tensor, dropped: Tensor) -> Tensor:
+        """The W newest rows once `new` [L, R, E] is written: fewer than W are preceded by the newest survivors."""
+        (L, M), (W, E), rows = self.rank.shape, self.recent.shape[1:], new.shape[1]
+        if rows >= W:
+            return new[:, -W:]
+        survives = torch.ones_like(self.rank, dtype=torch.bool).scatter_(1, dropped.long(), False)
+        ranks = survives.nonzero()[:, 1].view(L, M - rows)[:, rows - W :]  # of the W - R newest survivors
+        slots = self.rank.long().argsort(1).gather(1, ranks)
+        old = self.hidden_by_slot.gather(1, slots[..., None].expand(-1, -1, E))
+        return torch.cat([old, new], dim=1)
 
     def _pools(self) -> list[Tensor]:
         return [self.key, self.value] + ([] if self.hidden_by_slot is None else [self.hidden_by_slot])
@@ -151,9 +163,8 @@ class Memory:
     def _check_dropped(self, dropped: Tensor, count: int) -> Tensor:
         L, M = self.rank.shape
         if not isinstance(dropped, Tensor) or dropped.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"dropped: expected an int64 or int32 tensor, got {getattr(dropped, 'dtype', type(dropped))}"
-            )
+            came = dropped.dtype if isinstance(dropped, Tensor) else type(dropped).__name__
+            raise ValueError(f"dropped: expected an int64 or int32 tensor, got {came}")
         if dropped.shape != (L, count):
             raise ValueError(f"dropped: expected shape {[L, count]}, got {list(dropped.shape)}")
         ordered = dropped.sort(dim=1).values
@@ -191,45 +202,43 @@ class Memory:
         with _uninterrupted():
             self.step, self.initialized = 0, False
             self._note_edit()
+            for tensor in (self.key, self.value, self.rotated_key, self.recent, self.hidden_by_slot):
+                if tensor is not None:
+                    tensor.zero_()
+            self.rank.copy_(torch.arange(self.rank.shape[1], dtype=torch.int32))
 
     def save(self, path: str | Path) -> None:
         """Write the memory to one file. Whatever interrupts it, `path` holds the old file or the new one, whole."""
         memory_file.save(path, self._state(), self._metadata())
 
     def load(self, path: str | Path) -> None:
-        """Replace this memory by a saved one, in place; seed and step continue as saved.
+        """Replace this memory by a saved one, in place; seed, step and the way of drawing continue as saved.
 
         Raises ValueError, and leaves the memory as it was, if the file is truncated or altered, belongs to another
         model, or holds anything but finite numbers. Saved hidden states are read if this memory keeps them.
         """
         tensors, saved = memory_file.load(path)
-        mine = self._metadata()
+        state, expected = self._state(), self._metadata()
         for field in ("fingerprint", "layers", "rows", "write_rows"):
-            if saved.get(field) != mine[field]:
-                raise ValueError(
-                    f"{path}: {field}: expected {mine[field]!r} as in this model, got {saved.get(field)!r}"
-                )
-        state = self._state()
+            if saved.get(field) != expected[field]:
+                raise ValueError(f"{path}: {field}: expected {expected[field]!r}, got {saved.get(field)!r}")
+        for field, allowed in (("draw", DRAWS), ("initialized", ("0", "1"))):
+            if saved.get(field) not in allowed:
+                raise ValueError(f"{path}: {field}: expected one of {allowed}, got {saved.get(field)!r}")
+        for field in ("step", "seed"):
+            if not saved.get(field, "").isdecimal() or int(saved[field]) >= 1 << 63:
+                raise ValueError(f"{path}: {field}: expected an integer in [0, 2^63), got {saved.get(field)!r}")
         for name, mine in state.items():
             if name not in tensors:
-                raise ValueError(
-                    f"{path}: expected a tensor {name!r} (was it saved without keep_hidden=True?), found none"
-                )
-            dtype = mine.dtype if name == "rank" else tensors[name].dtype  # floats may come from another dtype
-            expect(f"{path}: {name}", tensors[name], mine.shape, dtype, torch.device("cpu"))
-            tensors[name] = tensors[name].to(mine.dtype)
-            if mine.is_floating_point() and not tensors[name].isfinite().all():
-                raise ValueError(f"{path}: {name}: expected finite numbers in {mine.dtype}, got NaN or infinity")
-        if not torch.equal(
-            tensors["rank"].sort(1).values.long(), torch.arange(state["rank"].shape[1]).expand_as(tensors["rank"])
-        ):
-            raise ValueError(f"{path}: rank: expected a permutation of the rows in each layer")
+                hint = "was it saved without keep_hidden=True?"
+                raise ValueError(f"{path}: expected a tensor {name!r} ({hint}), found none")
+            tensors[name] = _check_loaded(f"{path}: {name}", tensors[name], mine)
         with _uninterrupted():
+            self._note_edit()
             for name, mine in state.items():
                 mine.copy_(tensors[name])
             self.seed, self.step, self.draw = int(saved["seed"]), int(saved["step"]), saved["draw"]
             self.initialized = saved["initialized"] == "1"
-            self._note_edit()
 
     def _state(self) -> dict[str, Tensor]:
         state = {"key": self.key, "value": self.value, "rank": self.rank, "recent": self.recent}
@@ -242,6 +251,20 @@ class Memory:
         return {"fingerprint": self.fingerprint, "draw": self.draw} | {k: str(v) for k, v in numbers.items()}
 
 
+def _check_loaded(name: str, tensor: Tensor, mine: Tensor) -> Tensor:
+    """A tensor of a memory file, in the dtype of the one it replaces; floats may have been saved in another."""
+    same_kind = tensor.is_floating_point() and mine.is_floating_point()
+    expect(name, tensor, mine.shape, tensor.dtype if same_kind else mine.dtype, torch.device("cpu"))
+    if not same_kind:
+        if not torch.equal(tensor.sort(1).values, torch.arange(mine.shape[1], dtype=mine.dtype).expand_as(tensor)):
+            raise ValueError(f"{name}: expected a permutation of the rows in each layer, got none")
+        return tensor
+    tensor = tensor.to(mine.dtype)
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers in {mine.dtype}, got NaN or infinity")
+    return tensor
+
+
 @contextlib.contextmanager
 def _uninterrupted():
     """Hold back Ctrl-C until the block is done: what it guards is short and must happen whole."""
@@ -249,7 +272,11 @@ def _uninterrupted():
         yield  # only the main thread is ever interrupted
         return
     pending = []
-    previous = signal.signal(signal.SIGINT, lambda *args: pending.append(args))
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is None:  # a handler that Python did not install, and cannot put back
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *args: pending.append(args))
     try:
         yield
     finally:

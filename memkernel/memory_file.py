@@ -27,7 +27,10 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     metadata["digest"] = _digest(tensors, metadata)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        safetensors.torch.save_file(tensors, partial, metadata)
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata)
+        except safetensors.SafetensorError as error:  # what it makes of a full disk, say
+            raise OSError(f"{path}: {error}") from error
         _fsync(partial)
         os.replace(partial, path)
         _fsync(path.parent)

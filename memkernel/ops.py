@@ -2,7 +2,8 @@
 
 PyTorch's dispatcher picks the implementation by the tensors' device. The reference is registered for every device; a
 kernel registered under a device's own key (CPU, CUDA) takes precedence there. `torch.ops.memkernel.<name>` and the
-functions here are the same ops: torch.compile traces them, and other serving stacks can embed them.
+functions here are the same ops: torch.compile traces them, and other serving stacks can embed them. They are for
+inference: gradients go through `memkernel.reference`.
 
 Argument shapes, dtypes and what is written: see the function of the same name in `memkernel.reference`.
 """

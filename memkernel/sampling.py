@@ -58,7 +58,7 @@ class SamplingParams:
 
     def __post_init__(self):
         for name, low, high, whole in (
-            ("max_tokens", 1, math.inf, True),
+            ("max_tokens", 1, 1 << 20, True),
             ("min_tokens", 0, self.max_tokens, True),
             ("temperature", 0, 1e6, False),
             ("top_p", 1e-9, 1, False),
@@ -211,14 +211,14 @@ class TextStream:
 
     def push(self, token: int, search: bool) -> None:
         """Add a token; with `search`, a stop string that ends within its text ends the stream."""
+        if not self.tokenizer.decode([token, token], skip_special_tokens=True):
+            return  # special or unknown to the tokenizer: a leading space may decode to nothing, but not two
         self.token_ids.append(token)
         known, text = self._decode(self.window, self.read), self._decode(self.window, len(self.token_ids))
         overdue = len(self.token_ids) - self.read >= UNFINISHED_TOKENS
         if len(text) > len(known) and (overdue or not text.endswith(REPLACEMENT)):
             self._append(text[len(known) :], search)
             self.window, self.read = self.read, len(self.token_ids)
-        elif overdue:  # special tokens, or ids that the tokenizer does not know
-            del self.token_ids[self.read :]
         self.released = self.text[: len(self.text) - (0 if self.stopped else self._held())]
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ in blocks of rows, so that the peak is the model in its own dtype plus less than
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import safetensors
@@ -21,8 +20,11 @@ from memkernel.model import Layer, Linear, Llama
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 FLOATS = ("F64", "F32", "F16", "BF16")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")  # config, index, tokenizer, chat template
 BLOCK_BYTES = 8 << 20
 PROJECTED_ROWS = 2048  # memory rows projected at a time while loading
+# What a memory depends on beside the weights: a file of another value of these is of another model.
+FINGERPRINTED = ("hidden_size", "num_heads", "num_kv_heads", "norm_eps", "rope", "memory_rows", "write_rows", "has_bos")
 SAMPLES = 1024  # numbers of each tensor that enter the fingerprint, beside its least and greatest
 
 
@@ -36,7 +38,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.safetensors", *SMALL_FILES]
         return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ValueError(f"{name}: expected a checkpoint folder or a hub id that can be fetched: {error}") from error
@@ -182,7 +184,7 @@ class Loader:
         self.checkpoint = Checkpoint(folder)
         check_names(self.checkpoint, self.config)
         self.dtype, self.device, self.ops = dtype, device, ops
-        self.digest = hashlib.sha256(repr(replace(self.config, eos_token_ids=())).encode())
+        self.digest = hashlib.sha256(str([getattr(self.config, name) for name in FINGERPRINTED]).encode())
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         total = sum(map(self.checkpoint.bytes, self.checkpoint.shapes))
         self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=None, leave=False)
@@ -311,5 +313,5 @@ def load(
     folder: Path, dtype: torch.dtype, device: torch.device, ops, keep_hidden: bool, seed: int, draw: str
 ) -> tuple[Llama, Memory | None]:
     """The model in `dtype` on `device`, and its memory as shipped, or None for a plain Llama."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # tensors that may be updated in any mode later
         return Loader(folder, dtype, device, ops).load(keep_hidden, seed, draw)

@@ -56,21 +56,25 @@ def queries_of(trace):
 
 @pytest.mark.parametrize("case", CASES)
 def test_engine_equals_published_numbers(load, case):
-    trace = load_file(GOLDEN / case / "trace.safetensors")
+    trace, errors = load_file(GOLDEN / case / "trace.safetensors"), []
     engine, queries, u = load(GOLDEN / case), queries_of(trace), 0
+
+    def check(got, name):
+        errors.append(relative_error(got, trace[name]))
+        assert errors[-1] < TOLERANCE, name
+
     for q in queries:
-        got = engine.logits(trace[f"query{q}.input_ids"])
-        assert relative_error(got, trace[f"query{q}.logits_before_any_update"]) < TOLERANCE
+        check(engine.logits(trace[f"query{q}.input_ids"]), f"query{q}.logits_before_any_update")
     while (update := f"update{u}") + ".input_ids" in trace:
         delta = engine.model.inject(trace[f"{update}.input_ids"][0], engine.memory)
-        assert relative_error(delta.hidden, trace[f"{update}.delta_memory"]) < TOLERANCE
+        check(delta.hidden, f"{update}.delta_memory")
         engine.update(trace[f"{update}.input_ids"], dropped=trace.get(f"{update}.dropped"), chunk_tokens=None)
-        assert relative_error(engine.memory.hidden(), trace[f"{update}.memory_after"]) < TOLERANCE
+        check(engine.memory.hidden(), f"{update}.memory_after")
         for q in queries:
-            got = engine.logits(trace[f"query{q}.input_ids"])
-            assert relative_error(got, trace[f"{update}.query{q}.logits"]) < TOLERANCE
+            check(engine.logits(trace[f"query{q}.input_ids"]), f"{update}.query{q}.logits")
         u += 1
     assert u == engine.memory.step
+    print(f"{case}: largest relative error {max(errors):.1e} of {len(errors)} comparisons")
     for q in queries:
         prompt = trace[f"query{q}.input_ids"]
         answer = engine.generate(prompt, max_new_tokens=8, min_tokens=8, temperature=0)

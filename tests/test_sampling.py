@@ -98,14 +98,14 @@ def test_draws_have_exactly_the_distribution(name):
 
 def test_a_seed_makes_a_request_reproducible_whatever_runs_beside_it():
     alone = draw(50, LOGITS, seed=5)
-    torch.manual_seed(99)
+    assert draw(50, LOGITS, seed=None) != draw(50, LOGITS, seed=None)
     one, other = (request(max_tokens=99, temperature=1.0, seed=seed) for seed in (5, 6))
     pairs = [(one.step(LOGITS), other.step(LOGITS)) for _ in range(50)]
     assert [a for a, _ in pairs] == alone != [b for _, b in pairs]
 
 
 @pytest.mark.parametrize("token", range(7), ids=ROLES)
-@pytest.mark.parametrize("raw", [2.5, -1.5])
+@pytest.mark.parametrize("raw", [2.5, -0.5])
 @pytest.mark.parametrize(
     "repetition, presence, frequency", [(1.7, 0, 0), (0.6, 0, 0), (1, -1.3, 0), (1, 0, 0.7), (1.3, 0.5, -0.4)]
 )
@@ -272,7 +272,7 @@ def test_cost_is_linear_whatever_the_tokens_are(tokens, name, monkeypatch):
     emoji = next(piece for piece in pieces if decode(piece) == "😀")
     units = (pieces[0], emoji, emoji[:1], emoji[-1:], [tokenizer.unk_token_id], [len(tokenizer) + 5])
     unit = dict(zip(ENDLESS, units, strict=True))[name]
-    ids = unit * (2400 // len(unit)) + pieces[0] * 2
+    ids = unit * ((2414 if name in ENDLESS[4:] else 2400) // len(unit)) + emoji + pieces[0]  # not 16 n: some wait
     monkeypatch.setattr(tokenizer, "decode", spy)
     released = stream(tokenizer, ids)
     assert sum(len(call.args[0]) for call in spy.call_args_list) <= 2 * 32 * len(ids)
