@@ -122,6 +122,12 @@ def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin:
     rotated.copy_(_rotate(key, cos[position].unsqueeze(-2), sin[position].unsqueeze(-2)))
 
 
+def _unseen(start: Tensor, length: int, rows: int) -> Tensor:
+    """[B, 1, T, S]: own row s lies after query t of sequence b, which stands at row start[b] + t."""
+    query_row_BT = start[:, None] + torch.arange(length, device=start.device)
+    return (torch.arange(rows, device=start.device) > query_row_BT[..., None]).unsqueeze(1)
+
+
 def memory_attention(
     query: Tensor, memory_key: Tensor, memory_value: Tensor, key: Tensor, value: Tensor, start: Tensor
 ) -> Tensor:
@@ -155,11 +161,8 @@ def memory_attention(
     to_memory_PGXM = query_PGXD @ _wide(memory_key).permute(0, 2, 3, 1)
     to_memory_BGRM = to_memory_PGXM.unflatten(2, (N, R)).transpose(1, 2).reshape(B, G, R, M)
     to_own_BGRS = query_BGRD @ _wide(key).permute(0, 2, 3, 1)
-
-    last_BT = start[:, None] + torch.arange(T, device=query.device)
-    unseen_BTS = torch.arange(S, device=query.device) > last_BT[..., None]
-    unseen_B1RS = unseen_BTS.repeat_interleave(H // G, dim=1).unsqueeze(1)
-    logits = torch.cat([to_memory_BGRM, to_own_BGRS.masked_fill(unseen_B1RS, -torch.inf)], dim=-1)
+    to_own_BGRS = to_own_BGRS.masked_fill(_unseen(start, T, S).repeat_interleave(H // G, dim=2), -torch.inf)
+    logits = torch.cat([to_memory_BGRM, to_own_BGRS], dim=-1)
     of_memory_BGRM, of_own_BGRS = logits.softmax(-1).split([M, S], dim=-1)
 
     of_memory_PGXM = of_memory_BGRM.unflatten(0, (P, N)).transpose(1, 2).reshape(P, G, N * R, M)
