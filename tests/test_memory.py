@@ -312,6 +312,21 @@ def test_reset_forgets(engine):
     engine.memory.reset()
     assert torch.equal(engine.logits(prompt), empty)
     assert (engine.memory.step, engine.memory.initialized) == (0, False)
+    assert not engine.memory.hidden().any() and not engine.memory.key.any()
+
+
+def test_an_engine_made_in_inference_mode_can_be_updated_outside(folder, tmp_path):
+    with torch.inference_mode():
+        engine = memkernel.Engine.from_pretrained(folder, device="cpu", dtype=torch.float32)
+        engine.update(random_ids(40))
+        engine.memory.save(tmp_path / "a.memory")
+        other = engine.memory.fork()
+    engine.update(random_ids(40))
+    engine.memory.load(tmp_path / "a.memory")
+    for memory in (other, engine.memory):
+        memory.write(engine.model.inject(random_ids(40), memory))
+        assert memory.step == 2
+    engine.logits(random_ids(4))[0, 0] = 0  # the caller's to change
 
 
 # -- without end ------------------------------------------------------------------------------------------------------

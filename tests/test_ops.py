@@ -69,6 +69,15 @@ def test_dispatches_to_the_same_result_as_the_reference(name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
+def test_strided_input_gives_the_strides_that_the_fake_promises(name):
+    op, rest = getattr(ops, name), arguments(name)[1:]
+    x = torch.randn(4, 3, 16).transpose(0, 1)
+    assert op(x, *rest).is_contiguous()
+    assert torch.equal(op(x, *rest), op(x.contiguous(), *rest))
+    opcheck(op, (x, *rest))
+
+
 def test_every_reference_op_is_registered_and_no_other():
     public = {
         name for name, value in vars(reference).items() if callable(value) and value.__module__ == reference.__name__
