@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import sys
@@ -249,10 +248,9 @@ def _env(args: argparse.Namespace) -> None:
     from memkernel import ops
     from memkernel.engine import choose
 
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        device, dtype = choose(args.device, args.dtype)
+    device, dtype, chosen = choose(args.device, args.dtype)
     facts = {"memkernel": __version__, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    facts["chosen"] = said.getvalue().strip().removeprefix("memkernel: ") or "as asked"
+    facts["chosen"] = chosen or "as asked"
     names = [name for name, op in vars(ops).items() if isinstance(op, torch._ops.OpOverload)]
     has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, device.type.upper()
     plain = "reference (plain PyTorch), no native kernel in this version"

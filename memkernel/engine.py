@@ -78,7 +78,9 @@ class Engine:
             ops: the namespace of ops to run on, `memkernel.ops` or `memkernel.reference`.
         Raises: ValueError naming the config key, tensor, file or argument that is wrong.
         """
-        device, dtype = choose(device, dtype)
+        device, dtype, chosen = choose(device, dtype)
+        if chosen:
+            print(f"memkernel: {chosen}", file=sys.stderr)
         folder = weights.find_folder(name, revision)
         model, memory = weights.load(folder, dtype, device, ops, keep_hidden, seed, draw)
         return cls(model, memory, folder)
@@ -365,8 +367,8 @@ def split_chunks(ids: Tensor, chunk_tokens: int | None) -> list[Tensor]:
     return list(ids.split(chunk_tokens))
 
 
-def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Resolve "auto", and say once what it became and why."""
+def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype, str]:
+    """Resolve "auto"; the third value says what it became and why, and is empty if nothing was left to choose."""
     automatic = "auto" in (device, dtype)
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -389,9 +391,8 @@ def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.
         raise ValueError(
             f"dtype: expected 'auto' or one of {[str(d).removeprefix('torch.') for d in DTYPES]}, got {dtype!r}"
         )
-    if automatic:
-        print(f"memkernel: device {device}, {str(chosen).removeprefix('torch.')} ({why})", file=sys.stderr)
-    return device, chosen
+    said = f"device {device}, {str(chosen).removeprefix('torch.')} ({why})" if automatic else ""
+    return device, chosen, said
 
 
 def cpu_has_bfloat16() -> bool:
