@@ -84,7 +84,7 @@ def test_engine_equals_published_numbers(load, case):
 @pytest.mark.parametrize("case", CASES)
 def test_oracle_equals_published_numbers(case):
     trace = load_file(GOLDEN / case / "trace.safetensors")
-    oracle, u = Published(GOLDEN / case), 0
+    oracle, u = Published.load(GOLDEN / case), 0
     for q in queries_of(trace):
         got = oracle.logits(trace[f"query{q}.input_ids"])
         assert relative_error(got, trace[f"query{q}.logits_before_any_update"]) < TOLERANCE
@@ -97,6 +97,26 @@ def test_oracle_equals_published_numbers(case):
             assert relative_error(got, trace[f"{update}.query{q}.logits"]) < TOLERANCE
         u += 1
     assert u > 0
+    for q in queries_of(trace):
+        T, answer = trace[f"query{q}.input_ids"].shape[1], trace[f"query{q}.greedy"]
+        (logits, cache), steps = oracle.prefill(answer[:, :T]), []
+        for t in range(T, answer.shape[1]):
+            logits[..., oracle.config["eos_token_id"]] = -torch.inf
+            assert logits[0, -1].argmax() == answer[0, t]
+            logits, cache = oracle.decode(answer[:, t : t + 1], cache)
+            steps.append(logits.clone())
+        assert relative_error(torch.cat(steps, dim=1), oracle.logits(answer)[:, T:]) < TOLERANCE
+
+
+def test_oracle_shares_the_tensors(tmp_path):
+    tiny.write_checkpoint(tmp_path, initialized=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    oracle = Published(tiny.MEMORYLLM, tensors)
+    with torch.no_grad():
+        oracle.update(torch.arange(40))
+    state = oracle.state_dict()
+    assert state.keys() == tensors.keys()
+    assert all(state[name].data_ptr() == tensor.data_ptr() for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -105,7 +125,7 @@ def test_engine_equals_published_data_flow(load, tmp_path, name, shipped):
     """Same `torch.randperm` draws, so that the pools agree row by row; a batch of prompts read at once."""
     changes, lengths = VARIANTS[name]
     tiny.write_checkpoint(tmp_path, tiny.MEMORYLLM | changes, initialized=shipped)
-    engine, oracle = load(tmp_path, draw="published"), Published(tmp_path)
+    engine, oracle = load(tmp_path, draw="published"), Published.load(tmp_path)
     prompts = torch.randint(256, (3, 21))
     for length in lengths:
         ids = torch.randint(256, (length,))
@@ -117,11 +137,13 @@ def test_engine_equals_published_data_flow(load, tmp_path, name, shipped):
         assert relative_error(engine.memory.hidden(), oracle.memory) < TOLERANCE
         assert relative_error(engine.logits(prompts), oracle.logits(prompts)) < TOLERANCE
         assert relative_error(engine.logits(prompts[:1, :1]), oracle.logits(prompts[:1, :1])) < TOLERANCE
+    step, _ = oracle.decode(prompts[:, 20:], oracle.prefill(prompts[:, :20])[1])
+    assert relative_error(step[:, 0], engine.logits(prompts)[:, -1]) < TOLERANCE
 
 
 def test_decode_equals_published_data_flow(load, tmp_path):
     tiny.write_checkpoint(tmp_path, initialized=True)
-    engine, oracle = load(tmp_path), Published(tmp_path)
+    engine, oracle = load(tmp_path), Published.load(tmp_path)
     prompt = torch.randint(256, (1, 12))
     for _ in range(2):
         got = engine.generate(prompt, max_new_tokens=16, temperature=0, ignore_eos=True).token_ids
