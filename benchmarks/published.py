@@ -34,7 +34,7 @@ class Published(nn.Module):
         self.has_bos = config.get("add_bos_embedding", True)
         d, V, device = config["hidden_size"], config["vocab_size"], tensors["memory"].device
         with torch.device("meta"):
-            self.memory = nn.Parameter(torch.empty_like(tensors["memory"], device="meta"), requires_grad=False)
+            self.memory = nn.Parameter(torch.empty(tensors["memory"].shape), requires_grad=False)
             self.new_memory_positional_emb = nn.Parameter(torch.empty(1, 1, d))
             if self.has_bos:
                 self.bos_embedding = nn.Parameter(torch.empty(self.L, 1, d))
@@ -75,6 +75,11 @@ class Published(nn.Module):
     def update(self, input_ids: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Inject [T] ids and rewrite the pool; `dropped` [L, K] are the indices to drop. Returns the new rows."""
         delta = self.inject(input_ids)
+        self.write(delta, dropped)
+        return delta
+
+    def write(self, delta: Tensor, dropped: Tensor | None = None) -> None:
+        """Fill the pool with the new rows [L, K', d], or drop as many and append them."""
         N, K = self.memory.shape[1], delta.shape[1]
         if not self.initialized:
             tail = delta[:, K - N % K :] if N % K else delta[:, :0]
@@ -87,7 +92,6 @@ class Published(nn.Module):
         else:
             kept = _draw(N, K) if dropped is None else _complement(N, dropped[0])
             self.memory.data = torch.cat([self.memory.data[:, kept], delta], dim=1)
-        return delta
 
     def forward(self, input_ids: Tensor, cache: Cache, injection: bool = False) -> tuple[Tensor, Tensor | None]:
         """[B, T] -> the logits [B, T, V] float32, and of an injection the new rows [B, L, K', d]."""
