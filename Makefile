@@ -1,16 +1,22 @@
-# Two commands do everything: `make demo` and `make test`. Both make .venv on first use and keep it.
+# `make demo` and `make test` first, `make benchmark` and `make report` for numbers. All make .venv once and keep it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint benchmark report clean
 
 demo: $(VENV)/installed
 	$(BIN)/memkernel demo README.md NOTES.md CONTRIBUTING.md
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+benchmark: $(VENV)/installed
+	$(BIN)/python -m pytest benchmarks --benchmark
+
+report: $(VENV)/installed
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,88 @@
+"""What a user waits for before the first call: the import, in a process of its own, and loading a checkpoint."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.lab import OP_BOUND, Case, Lab
+from benchmarks.shapes import Work
+from benchmarks.timing import Contender
+from memkernel.engine import Engine
+
+LARGEST_FILE = 8e9  # bytes of a checkpoint that a benchmark may write
+IMPORTS = {
+    "memkernel": "from memkernel import Engine",
+    "torch": "import torch",
+    "transformers": "from transformers import LlamaForCausalLM",
+}
+
+
+def import_case(lab: Lab) -> Case:
+    def contender(statement: str) -> Contender:
+        def call() -> None:
+            subprocess.run([sys.executable, "-c", statement], check=True)
+
+        return Contender(call, output=lambda: [torch.ones(1)])  # that it imports is all there is to compare
+
+    return Case(
+        builders={name: lambda s=statement: contender(s) for name, statement in IMPORTS.items()},
+        truth=[torch.ones(1)],
+        bound=0.0,
+        work=Work(),
+    )
+
+
+@pytest.mark.parametrize("contender", list(IMPORTS))
+def bench_import(race, contender):
+    race("import", {}, contender, import_case)
+
+
+def load_case(lab: Lab) -> Case:
+    """From a file in the page cache to a model and a projected memory on the device. The rival copies the tensors as
+    they are, the pool as hidden states: its rows are projected by nobody."""
+    names = ("memkernel", "safetensors")
+    tensors = lab.published_tensors
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if size > LARGEST_FILE:
+        return Case.nobody(names, f"would write a checkpoint of {size / 1e9:.0f} GB")
+    folder = tempfile.TemporaryDirectory()
+    path, file = Path(folder.name), Path(folder.name) / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    (path / "config.json").write_text(json.dumps(lab.raw))
+
+    def load() -> Engine:
+        return Engine.from_pretrained(path, device=lab.device, dtype=lab.dtype)
+
+    def loaded() -> list[Tensor]:
+        engine = load()
+        return [engine.memory.key, engine.memory.value, engine.model.head]
+
+    def copy_tensors() -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in load_file(file, device=str(lab.device)).items()}
+
+    def tensors_copied() -> list[Tensor]:
+        read = copy_tensors()
+        rows = [lab.engine.model.project(i, hidden) for i, hidden in enumerate(read["memory"])]
+        return [*(torch.stack(part) for part in zip(*rows, strict=True)), read["lm_head.weight"]]
+
+    memory = lab.engine.memory
+    pairs = ((load, loaded), (copy_tensors, tensors_copied))
+    return Case(
+        builders={name: lambda p=pair: Contender(*p) for name, pair in zip(names, pairs, strict=True)},
+        truth=[memory.key, memory.value, lab.engine.model.head],
+        bound=OP_BOUND[lab.dtype],
+        work=Work(size, size, 2 * lab.config.num_layers * lab.config.memory_rows * lab.least.keys_values),
+        holds=folder,
+    )
+
+
+@pytest.mark.parametrize("contender", ["memkernel", "safetensors"])
+def bench_load(race, contender):
+    race("load", {}, contender, load_case)

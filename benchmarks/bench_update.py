@@ -1,0 +1,131 @@
+"""Updates: text into the memory, in chunks of at most 512 tokens; and the write into the pools alone."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.lab import MODEL_BOUND, Case, Lab
+from benchmarks.shapes import Work
+from benchmarks.timing import Contender
+from memkernel import ops, reference
+from memkernel.engine import CHUNK_TOKENS, Engine
+
+CHECKED_WIDTH = 16  # numbers a row of the pools on which contenders' writes are compared bit for bit
+
+
+def update_case(lab: Lab, T: int) -> Case:
+    config, document = lab.config, lab.ids(T)
+    chunks = document.split(CHUNK_TOKENS)
+    dropped = lab.dropped(len(chunks))
+    new_rows = len(chunks) * config.write_rows
+
+    def by_age(key: Tensor, value: Tensor) -> list[Tensor]:
+        """The rows that the update wrote, and those that it left, apart: an error in few rows must show."""
+        rows = torch.stack([key, value])
+        return [rows[:, :, -new_rows:], rows[:, :, :-new_rows]]
+
+    def engine_contender(shared: Engine) -> Contender:
+        engine = Engine(shared.model, shared.memory.fork(), shared.folder)
+
+        def output() -> list[Tensor]:
+            checked = Engine(shared.model, shared.memory.fork(), shared.folder)
+            for chunk, ranks in zip(chunks, dropped, strict=True):
+                checked.update(chunk, dropped=ranks)
+            slots = checked.memory.rank.long().argsort(1)
+            layer = torch.arange(config.num_layers, device=slots.device)[:, None]
+            return by_age(checked.memory.key[layer, slots], checked.memory.value[layer, slots])
+
+        return Contender(call=lambda: engine.update(document), output=output)
+
+    def published() -> Contender:
+        rival = lab.published()
+
+        def call() -> None:
+            for chunk in chunks:
+                rival.update(chunk)
+
+        return Contender(call=call, output=truth)
+
+    def truth() -> list[Tensor]:
+        checked = lab.published()
+        for chunk, ranks in zip(chunks, dropped, strict=True):
+            checked.update(chunk, ranks)
+        rows = [lab.engine.model.project(i, hidden) for i, hidden in enumerate(checked.memory)]
+        return by_age(*(torch.stack(part) for part in zip(*rows, strict=True)))
+
+    work = Work()
+    for chunk in chunks:
+        work = work + lab.least.inject(len(chunk)) + lab.least.write(config.memory_rows)
+    return Case(
+        builders={
+            "memkernel": lambda: engine_contender(lab.engine),
+            "reference": lambda: engine_contender(lab.reference),
+            "published": published,
+        },
+        truth=truth(),
+        bound=MODEL_BOUND[lab.dtype],
+        work=work,
+    )
+
+
+@pytest.mark.parametrize("contender", ["memkernel", "reference", "published"])
+@pytest.mark.parametrize("T", [16, 64, 256, 512, 2048], ids="T{}".format)
+def bench_update(race, contender, T):
+    race("update", {"T": T}, contender, lambda lab: update_case(lab, T))
+
+
+def write_case(lab: Lab, M: int) -> Case:
+    """Draw W ranks a layer, forget those rows and write new ones, in pools of M rows."""
+    config = lab.config
+    L, W = config.num_layers, config.write_rows
+    shape = (config.num_kv_heads, config.head_size)
+    state = torch.tensor([7, 3], device=lab.device)
+    narrow = lab.random(L, M, CHECKED_WIDTH), lab.random(L, W, CHECKED_WIDTH, seed=1)
+    dropped = reference.draw_ranks(state, L, M, W, False)
+
+    def with_ops(namespace) -> Contender:
+        pools = [lab.random(L, M, *shape, seed=i) for i in (2, 3)]
+        rows = [lab.random(L, W, *shape, seed=i) for i in (4, 5)]
+        rank = torch.arange(M, dtype=torch.int32, device=lab.device).repeat(L, 1)
+
+        def call() -> None:
+            namespace.memory_write_(pools, rank, rows, namespace.draw_ranks(state, L, M, W, False))
+
+        def output() -> list[Tensor]:
+            pool, ranks = narrow[0].clone(), rank.clone()
+            namespace.memory_write_([pool], ranks, [narrow[1]], namespace.draw_ranks(state, L, M, W, False))
+            order = ranks.long().argsort(1)[..., None].expand(-1, -1, CHECKED_WIDTH)
+            return [pool.gather(1, order)]
+
+        return Contender(call=call, output=output)
+
+    def published() -> Contender:
+        rival = lab.published()
+        rival.memory.data = lab.random(L, M, config.hidden_size)
+        delta = lab.random(L, W, config.hidden_size, seed=1)
+
+        return Contender(call=lambda: rival.write(delta), output=lambda: [checked_by_published()])
+
+    def checked_by_published() -> Tensor:
+        checked = lab.published()
+        checked.memory.data = narrow[0].clone()
+        checked.write(narrow[1], dropped)
+        return checked.memory.data
+
+    return Case(
+        builders={
+            "memkernel": lambda: with_ops(ops),
+            "reference": lambda: with_ops(reference),
+            "published": published,
+        },
+        truth=[checked_by_published()],
+        bound=0.0,
+        work=lab.least.write(M),
+        cold=True,
+    )
+
+
+@pytest.mark.parametrize("contender", ["memkernel", "reference", "published"])
+@pytest.mark.parametrize("M", [1600, 6400, 12800, 25600, 51200, 102400], ids="M{}".format)
+def bench_write(race, contender, M):
+    race("write", {"M": M}, contender, lambda lab: write_case(lab, M))

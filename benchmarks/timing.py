@@ -1,0 +1,195 @@
+"""Ceilings of the machine, interleaved timing, and what one call allocates. Nothing here knows a workload."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.shapes import Work
+
+EVICTING_BYTES = 256 << 20  # several times the largest cache of the machines that we know
+
+
+def nothing() -> None:
+    pass
+
+
+@dataclass
+class Contender:
+    """One way to do the work. Only `call` is timed. `output` gives what is compared with the truth, through the same
+    code as `call`. `before` readies either."""
+
+    call: Callable[[], object]
+    output: Callable[[], list[Tensor]]
+    before: Callable[[], None] = nothing
+    configuration: str | None = None  # where there were several to choose from
+
+
+@dataclass
+class Samples:
+    """Seconds of each round, the median of the round's calls: by the host's clock and, on a GPU, between two events
+    around the call on the device."""
+
+    wall: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Best rates seen on this machine: bytes/s reading, bytes/s copying (read + written), FLOP/s multiplying."""
+
+    read: float
+    copy: float
+    matmul: float
+
+    def seconds(self, work: Work) -> tuple[float, str]:
+        """The least time for `work`, and which rate sets it."""
+        copied = 2 * min(work.read, work.written)
+        moving = (work.read + work.written - copied) / self.read + copied / self.copy
+        multiplying = work.flop / self.matmul
+        return max((moving, "memory"), (multiplying, "matrix"))
+
+
+class Clock:
+    """Times calls on one device; where asked, with caches that hold nothing of the call's data."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.evicting = torch.ones(EVICTING_BYTES // 4, device=device)
+        if self.on_gpu:
+            self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(self, call: Callable, before: Callable = nothing, cold: bool = False) -> tuple[float, float]:
+        """(wall, device) seconds of one call. Device seconds are the wall's where the device is the CPU."""
+        before()
+        if cold:
+            self.evicting.zero_() if self.on_gpu else self.evicting.sum()  # a CPU would write dirty lines back later
+        if not self.on_gpu:
+            began = time.perf_counter()
+            call()
+            wall = time.perf_counter() - began
+            return wall, wall
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        self.began.record()
+        call()
+        self.ended.record()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began, self.began.elapsed_time(self.ended) / 1e3
+
+    def interleaved(
+        self, contenders: dict[str, Contender], cold: bool, budget: float, min_rounds: int
+    ) -> dict[str, Samples]:
+        """Rounds A B A B, every other one backwards, until `budget` seconds are spent; each round calls the quick
+        contenders several times. Every contender must be warm."""
+        warm = {name: self.seconds(c.call, c.before, cold)[0] for name, c in contenders.items()}
+        slowest = max(warm.values())
+        calls = {name: min(20, max(1, round(min(slowest, 0.2) / seconds))) for name, seconds in warm.items()}
+        samples = {name: Samples() for name in contenders}
+        began, rounds = time.perf_counter(), 0
+        while rounds < min_rounds or time.perf_counter() - began < budget:
+            rounds += 1
+            for name in list(contenders)[:: 1 if rounds % 2 else -1]:
+                c = contenders[name]
+                walls, devices = zip(*(self.seconds(c.call, c.before, cold) for _ in range(calls[name])), strict=True)
+                samples[name].wall.append(statistics.median(walls))
+                samples[name].device.append(statistics.median(devices))
+        return samples
+
+
+def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype, tiny: bool) -> Ceilings:
+    """Read bandwidth (the best of a sum and a dot product), copy bandwidth, and the rate of a square matrix product,
+    on random data several times the caches."""
+    size = 1 << 20 if tiny else (1 << 30 if device.type == "cuda" else 256 << 20)
+    side = 128 if tiny else (8192 if device.type == "cuda" else 2048)
+    x = torch.randn(size, device=device)
+    y, out = torch.empty_like(x), torch.empty(side, side, dtype=dtype, device=device)
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+
+    def best(call: Callable) -> float:
+        call()
+        return min(clock.seconds(call)[1] for _ in range(7))
+
+    reading = min(best(x.sum), best(lambda: torch.dot(x[: 1 << 30], x[: 1 << 30])))
+    return Ceilings(
+        read=4 * size / reading,
+        copy=8 * size / best(lambda: y.copy_(x)),
+        matmul=2 * side**3 / best(lambda: torch.mm(a, b, out=out)),
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one call takes: allocations, the most bytes held above what was there before, and on a GPU the sum of its
+    kernels' times."""
+
+    allocations: int
+    peak_bytes: int
+    kernel_seconds: float | None
+
+
+def footprint(contender: Contender, device: torch.device) -> Footprint:
+    """Profile one call; nothing of it enters the timings."""
+    contender.before()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held, made = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
+    with profile(activities=activities, profile_memory=device.type == "cpu") as profiler:
+        result = contender.call()
+    del result
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        kernels = sum(event.self_device_time_total for event in profiler.key_averages())
+        made = torch.cuda.memory_stats()["allocation.all.allocated"] - made
+        return Footprint(made, torch.cuda.max_memory_allocated() - held, kernels / 1e6)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    peak = held = 0
+    for change in changes:
+        held += change
+        peak = max(peak, held)
+    return Footprint(sum(change > 0 for change in changes), peak, None)
+
+
+def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest relative Frobenius error of the parts; infinite where a number is not finite."""
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"output: expected shape {list(b.shape)}, got {list(a.shape)}")
+        error = ((a.to(b.device).double() - b.double()).norm() / b.double().norm()).item()
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def machine(device: torch.device) -> str:
+    """The processor's model and cores, or the GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> tuple[str, bool]:
+    """The commit of this tree, and whether tracked files differ from it, results and report aside."""
+    root = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD"), bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!*.jsonl", ":!*.md", ":!*.png")
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
