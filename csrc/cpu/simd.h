@@ -1,0 +1,144 @@
+// One vector type per instruction set, chosen by the compiler's flags: f32x, with + - * / and comparisons built in.
+//
+// The kernels are compiled once per instruction set, each time with another MEMKERNEL_ISA as namespace, so that the
+// linker cannot give code for a newer processor to an older one. For the same reason nothing here is from std.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace memkernel {
+namespace MEMKERNEL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float f32x __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32x __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32x __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16x __attribute__((vector_size(2 * LANES)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline f32x broadcast(float x) {
+  return x - f32x{};
+}
+
+inline f32x fma(f32x a, f32x b, f32x c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The second operand where either is NaN.
+inline f32x max(f32x a, f32x b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline f32x min(f32x a, f32x b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline f32x load(const float* from) {
+  f32x x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline f32x load(const bf16* from) {
+  u16x half;
+  __builtin_memcpy(&half, from, sizeof half);
+  return (f32x)(__builtin_convertvector(half, u32x) << 16);
+}
+
+inline void store(float* to, f32x x) {
+  __builtin_memcpy(to, &x, sizeof x);
+}
+
+// Rounds to nearest even and keeps NaN. With AVX512_BF16, numbers below 2^-126 become 0.
+inline void store(bf16* to, f32x x) {
+#if defined(__AVX512BF16__)
+  const auto half = _mm512_cvtneps_pbh(x);
+#else
+  const u32x bits = (u32x)x;
+  const u32x rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u16x half = __builtin_convertvector(x == x ? rounded : (bits >> 16 | 0x40), u16x);
+#endif
+  __builtin_memcpy(to, &half, sizeof half);
+}
+
+// The first `count` < LANES numbers; zeros in the other lanes.
+template <class Scalar>
+inline f32x load_first(const Scalar* from, int64_t count) {
+  Scalar buffer[LANES] = {};
+  __builtin_memcpy(buffer, from, count * sizeof(Scalar));
+  return load(buffer);
+}
+
+template <class Scalar>
+inline void store_first(Scalar* to, f32x x, int64_t count) {
+  Scalar buffer[LANES];
+  store(buffer, x);
+  __builtin_memcpy(to, buffer, count * sizeof(Scalar));
+}
+
+inline float max_lane(f32x x) {
+  float result = x[0];
+  for (int i = 1; i < LANES; i++) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+inline float sum_lanes(f32x x) {
+  float result = x[0];
+  for (int i = 1; i < LANES; i++) result += x[i];
+  return result;
+}
+
+// 2^x to 2 ulp; 0 below 2^-126, infinity from 2^128, NaN for NaN.
+inline f32x exp2(f32x x) {
+  // Adding 1.5 * 2^23 leaves round(x) in the low bits; 127 more make it a biased exponent.
+  const f32x shift = broadcast(12582912.f + 127.f);
+  x = min(broadcast(128.f), max(broadcast(-127.f), x));
+  const f32x shifted = x + shift;
+  const f32x f = x - (shifted - shift);
+  // Minimax in relative error on [-1/2, 1/2].
+  f32x y = fma(broadcast(1.327647205e-3f), f, broadcast(9.675541385e-3f));
+  y = fma(y, f, broadcast(5.550713274e-2f));
+  y = fma(y, f, broadcast(2.402211972e-1f));
+  y = fma(y, f, broadcast(6.931469671e-1f));
+  y = fma(y, f, broadcast(1.000000072f));
+  return y * (f32x)((u32x)shifted << 23);
+}
+
+inline f32x exp(f32x x) {
+  return exp2(x * 1.44269504f);
+}
+
+}  // namespace MEMKERNEL_ISA
+}  // namespace memkernel
