@@ -1,10 +1,11 @@
 // One vector type per instruction set, chosen by the compiler's flags: f32x, with + - * / and comparisons built in.
 //
 // The kernels are compiled once per instruction set, each time with another MEMKERNEL_ISA as namespace, so that the
-// linker cannot give code for a newer processor to an older one. For the same reason nothing here is from std.
+// linker cannot give code for a newer processor to an older one. For the same reason no function here is from std.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -30,8 +31,15 @@ struct bf16 {
   uint16_t bits;
 };
 
+using Lanes = std::make_integer_sequence<int, LANES>;
+
+template <int... I>
+inline f32x broadcast(float x, std::integer_sequence<int, I...>) {
+  return f32x{(void(I), x)...};
+}
+
 inline f32x broadcast(float x) {
-  return x - f32x{};
+  return broadcast(x, Lanes());
 }
 
 inline f32x fma(f32x a, f32x b, f32x c) {
@@ -108,19 +116,50 @@ inline void store_first(Scalar* to, f32x x, int64_t count) {
   __builtin_memcpy(to, buffer, count * sizeof(Scalar));
 }
 
+// Lane i is number INDEX[i] of the 2 * LANES numbers of a and b.
+template <int... INDEX>
+inline f32x shuffle(f32x a, f32x b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, INDEX...);
+#else
+  return __builtin_shuffle(a, b, i32x{INDEX...});
+#endif
+}
+
+// The operation over all lanes, in a fixed order: a tree of halves.
+template <int HALF, class Operation, int... I>
+inline float reduce(f32x x, Operation operation, std::integer_sequence<int, I...> lanes) {
+  x = operation(x, shuffle<(I ^ HALF)...>(x, x));
+  if constexpr (HALF > 1) return reduce<HALF / 2>(x, operation, lanes);
+  return x[0];
+}
+
 inline float max_lane(f32x x) {
-  float result = x[0];
-  for (int i = 1; i < LANES; i++) result = x[i] > result ? x[i] : result;
-  return result;
+  return reduce<LANES / 2>(x, [](f32x a, f32x b) { return max(a, b); }, Lanes());
 }
 
 inline float sum_lanes(f32x x) {
-  float result = x[0];
-  for (int i = 1; i < LANES; i++) result += x[i];
-  return result;
+  return reduce<LANES / 2>(x, [](f32x a, f32x b) { return a + b; }, Lanes());
 }
 
-// 2^x to 2 ulp; 0 below 2^-126, infinity from 2^128, NaN for NaN.
+// row[i][j] <-> row[j][i]. Step S swaps the off-diagonal S x S blocks of each 2S x 2S block.
+template <int S, int... I>
+inline void transpose(f32x (&row)[LANES], std::integer_sequence<int, I...> lanes) {
+  for (int i = 0; i < LANES; i++) {
+    if (i & S) continue;
+    const f32x a = row[i];
+    const f32x b = row[i + S];
+    row[i] = shuffle<(I & S ? LANES + I - S : I)...>(a, b);
+    row[i + S] = shuffle<(I & S ? LANES + I : I + S)...>(a, b);
+  }
+  if constexpr (2 * S < LANES) transpose<2 * S>(row, lanes);
+}
+
+inline void transpose(f32x (&row)[LANES]) {
+  transpose<1>(row, Lanes());
+}
+
+// 2^x to 2 ulp; 0 for x < -126.5, infinity for x > 127.5, NaN for NaN.
 inline f32x exp2(f32x x) {
   // Adding 1.5 * 2^23 leaves round(x) in the low bits; 127 more make it a biased exponent.
   const f32x shift = broadcast(12582912.f + 127.f);
