@@ -52,25 +52,29 @@ inline f32x fma(f32x a, f32x b, f32x c) {
 #endif
 }
 
-// The second operand where either is NaN.
+// The second operand where either is NaN: one instruction on x86.
 inline f32x max(f32x a, f32x b) {
-#if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_max_ps(a, b);
-#else
   return a > b ? a : b;
-#endif
 }
 
 inline f32x min(f32x a, f32x b) {
-#if defined(__AVX512F__)
-  return _mm512_min_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_min_ps(a, b);
-#else
   return a < b ? a : b;
-#endif
+}
+
+inline int64_t min(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+
+inline int64_t max(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
 }
 
 inline f32x load(const float* from) {
