@@ -5,6 +5,8 @@ It is optional: without it the same ops run as plain PyTorch (`memkernel.referen
 
 from importlib.util import find_spec
 
+import torch  # noqa: F401 - loads the libraries that the extension is linked to
+
 WHY_NOT = None  # why there are no kernels
 try:
     from memkernel import _C
