@@ -14,12 +14,15 @@ namespace memkernel {
 namespace MEMKERNEL_ISA {
 namespace {
 
-constexpr int ROWS = 6;                         // ROWS x VECTORS accumulators fill the vector registers
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
-constexpr int PANEL = VECTORS * LANES;          // columns of a packed operand that are contiguous
-constexpr int64_t KEYS = 256;                   // of a block
-constexpr int64_t TASK_ROWS = 256;              // about as many query rows, over all heads of a task
-constexpr float NEVER = -3.40282347e38f;        // a maximum that any score replaces; finite, so NEVER - NEVER is 0
+constexpr int ROWS = 6;                     // ROWS x VECTORS sums fill the vector registers
+constexpr int PANEL = VECTORS * LANES;      // columns of a packed operand that lie together
+constexpr int64_t TASK_ROWS = 256;          // about as many query rows, over all heads of a task
+constexpr int64_t FEW_ROWS = 48;
+constexpr int64_t KEYS_OF_FEW = 64;         // in a block: memory is the limit, and read more evenly in small blocks
+constexpr int64_t KEYS_OF_MANY = 256;       // in a block: the products are the limit
+constexpr int LINE = 64;                    // bytes of a cache line
+constexpr float NEVER = -3.40282347e38f;    // a maximum below any score, but finite: NEVER - NEVER is 0
 
 // Operands of the products are 32-bit words: a float, or two bf16 where the processor multiplies and adds pairs.
 template <class Scalar>
@@ -30,6 +33,12 @@ inline f32x multiply_add(f32x a, f32x b, f32x sum) {
   return fma(a, b, sum);
 }
 
+// Words whose halves come from two rows, in the order of the columns.
+template <class Scalar>
+inline void store_columns(float* to, const f32x (&row)[PER_WORD<Scalar>]) {
+  store(to, row[0]);
+}
+
 #if defined(__AVX512BF16__)
 template <>
 constexpr int PER_WORD<bf16> = 2;
@@ -38,64 +47,133 @@ template <>
 inline f32x multiply_add<bf16>(f32x a, f32x b, f32x sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
+
+template <>
+inline void store_columns<bf16>(float* to, const f32x (&row)[2]) {
+  const i32x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int half = 0; half < 2; half++) {
+    const i32x index = (lane + 16 * half) * 0x10001 + (32 << 16);
+    store(to + half * LANES, (f32x)_mm512_permutex2var_epi16((__m512i)row[0], (__m512i)index, (__m512i)row[1]));
+  }
+}
 #endif
 
-// The next `words` words of a row, zeros after them.
 template <class Scalar>
-inline f32x load_words(const Scalar* from, int64_t words) {
-  Scalar buffer[LANES * PER_WORD<Scalar>] = {};
-  if (words < LANES) {
-    __builtin_memcpy(buffer, from, words * PER_WORD<Scalar> * sizeof(Scalar));
-    from = buffer;
-  }
+inline f32x load_words(const Scalar* from) {
   if constexpr (PER_WORD<Scalar> == 1) return load(from);
   f32x x;
   __builtin_memcpy(&x, from, sizeof x);
   return x;
 }
 
-// Keys as the right operand of query * key^T: [panel of keys][word of D][PANEL], zeros for the panel's missing keys.
+// The first `words` words, zeros after them.
 template <class Scalar>
-void pack_keys(const Scalar* from, int64_t row, int64_t keys, int64_t words, float* to) {
-  for (int64_t key = 0; key < keys; key += LANES) {
-    float* const panel = to + key / PANEL * PANEL * words + key % PANEL;
-    for (int64_t word = 0; word < words; word += LANES) {
-      f32x tile[LANES];
-      for (int i = 0; i < LANES; i++) {
-        const Scalar* const source = from + (key + i) * row + word * PER_WORD<Scalar>;
-        tile[i] = key + i < keys ? load_words(source, words - word) : f32x{};
-      }
-      transpose(tile);
-      for (int64_t i = 0; i < min(LANES, words - word); i++) store(panel + (word + i) * PANEL, tile[i]);
+inline f32x load_words(const Scalar* from, int64_t words) {
+  if (words >= LANES) return load_words(from);
+  Scalar buffer[LANES * PER_WORD<Scalar>] = {};
+  __builtin_memcpy(buffer, from, words * PER_WORD<Scalar> * sizeof(Scalar));
+  return load_words(buffer);
+}
+
+// The rows of a block that belong to one key/value head.
+template <class Scalar>
+struct Rows {
+  const Scalar* from;
+  int64_t row, rows, words;
+
+  bool has(int64_t i, int64_t word) const {
+    return i < rows && word + LANES <= words;
+  }
+
+  // LANES words of row i; if CHECKED, with zeros for missing ones.
+  template <bool CHECKED>
+  f32x part(int64_t i, int64_t word) const {
+    const Scalar* const source = from + i * row + word * PER_WORD<Scalar>;
+    if (!CHECKED) return load_words(source);
+    return i < rows ? load_words(source, words - word) : f32x{};
+  }
+};
+
+template <bool CHECKED, class Scalar>
+inline void pack_key_tile(const Rows<Scalar>& keys, int64_t key, int64_t word, float* to) {
+  f32x tile[LANES];
+  for (int i = 0; i < LANES; i++) tile[i] = keys.template part<CHECKED>(key + i, word);
+  transpose(tile);
+  const int64_t count = CHECKED ? min(LANES, keys.words - word) : LANES;
+  for (int i = 0; i < count; i++) store(to + i * PANEL, tile[i]);
+}
+
+// Keys as the right operand of query * key^T: [panel of keys][word of D][PANEL].
+template <class Scalar>
+void pack_keys(const Rows<Scalar>& keys, float* to) {
+  for (int64_t key = 0; key < round_up(keys.rows, PANEL); key += LANES) {
+    float* const panel = to + key / PANEL * PANEL * keys.words + key % PANEL;
+    for (int64_t word = 0; word < keys.words; word += LANES) {
+      const bool whole = keys.has(key + LANES - 1, word);
+      const auto pack = whole ? pack_key_tile<false, Scalar> : pack_key_tile<true, Scalar>;
+      pack(keys, key, word, panel + word * PANEL);
     }
   }
 }
 
-// Values as the right operand of weight * value: [panel of D][word of keys][PANEL], zeros for missing keys.
+template <bool CHECKED, class Scalar>
+inline void pack_value_step(const Rows<Scalar>& values, int64_t step, int64_t word, float* to) {
+  f32x row[PER_WORD<Scalar>];
+  for (int i = 0; i < PER_WORD<Scalar>; i++) row[i] = values.template part<CHECKED>(step * PER_WORD<Scalar> + i, word);
+  store_columns<Scalar>(to, row);
+}
+
+// Values as the right operand of weight * value: [panel of D][word of keys][PANEL].
 template <class Scalar>
-void pack_values(const Scalar* from, int64_t row, int64_t keys, int64_t D, float* to) {
-  const int64_t words = round_up(keys, PANEL) / PER_WORD<Scalar>;
-  const auto load_part = [=](int64_t key, int64_t d) {
-    if (key >= keys || d >= D) return f32x{};
-    return D - d < LANES ? load_first(from + key * row + d, D - d) : load(from + key * row + d);
-  };
-  for (int64_t d = 0; d < round_up(D, PANEL); d += LANES) {
-    float* const panel = to + d / PANEL * PANEL * words + d % PANEL;
-    for (int64_t word = 0; word < words; word++) {
-      f32x part = load_part(word * PER_WORD<Scalar>, d);
-      if constexpr (PER_WORD<Scalar> == 2) part = (f32x)((u32x)part >> 16 | (u32x)load_part(2 * word + 1, d));
-      store(panel + word * PANEL, part);
-    }
+void pack_values(const Rows<Scalar>& values, float* to) {
+  const int64_t steps = round_up(values.rows, PANEL) / PER_WORD<Scalar>;
+  for (int64_t word = 0; word < values.words; word += LANES) {
+    const int64_t column = word * PER_WORD<Scalar>;
+    float* const panel = to + column / PANEL * PANEL * steps + column % PANEL;
+    const int64_t whole = values.has(0, word) ? values.rows / PER_WORD<Scalar> : 0;
+    for (int64_t step = 0; step < whole; step++) pack_value_step<false>(values, step, word, panel + step * PANEL);
+    for (int64_t step = whole; step < steps; step++) pack_value_step<true>(values, step, word, panel + step * PANEL);
   }
 }
 
-// c = scale c + a b, or a b without scale; a [rows, steps] words, b [steps, PANEL] words, c [rows, PANEL]. The product is
-// summed apart from c: a long sum in blocks has a much smaller rounding error.
+// Rows to be packed next. The products fetch them line by line as they go, so that memory is never idle.
+struct Prefetch {
+  const char* row;
+  int64_t row_bytes, row_lines, rows;
+  int64_t line = 0;
+
+  void fetch(int lines) {
+    for (; lines > 0 && rows > 0; lines--) {
+      __builtin_prefetch(row + line * LINE, 0, 2);
+      if (++line < row_lines) continue;
+      line = 0;
+      row += row_bytes;
+      rows--;
+    }
+  }
+};
+
+// c = scale * c + a * b, or a * b without scale; a [rows, steps], b [steps, PANEL] in words, c [rows, PANEL].
+struct Product {
+  const float* a;
+  int64_t a_row;
+  const float* b;
+  int64_t steps;
+  float* c;
+  int64_t c_row;
+  const float* scale;
+  Prefetch* next;
+};
+
+// The product is summed apart from c: a long sum in blocks has a much smaller rounding error.
 template <class Scalar, int rows>
-void multiply_tile(const float* a, int64_t a_row, const float* b, int64_t steps, float* c, int64_t c_row,
-                   const float* scale) {
+void multiply_tile(const Product& product) {
+  constexpr int lines_of_step = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
+  const auto [a, a_row, b, steps, c, c_row, scale, next] = product;
+  Prefetch prefetch = *next;
   f32x sum[rows][VECTORS] = {};
   for (int64_t step = 0; step < steps; step++) {
+    prefetch.fetch(lines_of_step);
     f32x part[VECTORS];
     for (int v = 0; v < VECTORS; v++) part[v] = load(b + step * PANEL + v * LANES);
     for (int r = 0; r < rows; r++) {
@@ -109,19 +187,15 @@ void multiply_tile(const float* a, int64_t a_row, const float* b, int64_t steps,
       store(to, scale ? fma(load(to), broadcast(scale[r]), sum[r][v]) : sum[r][v]);
     }
   }
+  *next = prefetch;
 }
 
 template <class Scalar>
-void multiply(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t steps, float* c, int64_t c_row,
-              const float* scale) {
-  switch (rows) {
-    case 1: return multiply_tile<Scalar, 1>(a, a_row, b, steps, c, c_row, scale);
-    case 2: return multiply_tile<Scalar, 2>(a, a_row, b, steps, c, c_row, scale);
-    case 3: return multiply_tile<Scalar, 3>(a, a_row, b, steps, c, c_row, scale);
-    case 4: return multiply_tile<Scalar, 4>(a, a_row, b, steps, c, c_row, scale);
-    case 5: return multiply_tile<Scalar, 5>(a, a_row, b, steps, c, c_row, scale);
-    case 6: return multiply_tile<Scalar, 6>(a, a_row, b, steps, c, c_row, scale);
-  }
+void multiply(int64_t rows, const Product& product) {
+  static constexpr void (*tile[ROWS])(const Product&) = {multiply_tile<Scalar, 1>, multiply_tile<Scalar, 2>,
+                                                         multiply_tile<Scalar, 3>, multiply_tile<Scalar, 4>,
+                                                         multiply_tile<Scalar, 5>, multiply_tile<Scalar, 6>};
+  tile[rows - 1](product);
 }
 
 // The running softmax of a query row: exponents are in base 2, relative to the largest so far.
@@ -218,7 +292,8 @@ class Attention {
     row_blocks = ceil_div(X, max_rows);
     max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
     head_blocks = ceil_div(a.G, max_heads);
-    splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS), threads.count);
+    block_keys = max_rows > FEW_ROWS ? KEYS_OF_MANY : KEYS_OF_FEW;
+    splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
     if (splits > 1) partials = partial_buffer.reserve(tasks() * splits * partial_size());
   }
 
@@ -236,6 +311,7 @@ class Attention {
   int64_t words, columns;     // of a packed query row, of a row of sums
   int64_t row_blocks, max_rows, head_blocks, max_heads;
   int64_t splits;             // of the keys of a task
+  int64_t block_keys;
   float* partials = nullptr;  // of each task, and of each of its splits
 
   // The fewest splits that keep nine in ten threads busy, if all tasks take the same time.
@@ -308,8 +384,9 @@ class Attention {
   void attend(int64_t i) {
     const Task task = this->task(i / splits);
     const int64_t heads_rows = max_heads * max_rows;
-    const int64_t sizes[] = {heads_rows * round_up(words, LANES), words * KEYS, KEYS / PER_WORD<Scalar> * columns,
-                             ROWS * KEYS, ROWS * KEYS / PER_WORD<Scalar>, partial_size()};
+    const int64_t sizes[] = {heads_rows * round_up(words, LANES), words * KEYS_OF_MANY,
+                             columns * KEYS_OF_MANY / PER_WORD<Scalar>, ROWS * KEYS_OF_MANY,
+                             ROWS * KEYS_OF_MANY / PER_WORD<Scalar>, partial_size()};
     float* next = scratch_buffer.reserve(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5]);
     Scratch scratch;
     scratch.query = take(next, sizes[0]);
@@ -358,8 +435,8 @@ class Attention {
     for (int64_t n = first_n - 1; n <= last_n; n++) {
       const Segment<Scalar> segment = n < first_n ? memory(task) : own_rows(task, n);
       const int64_t last = min(end - offset, segment.rows);
-      for (int64_t key = max(begin - offset, 0); key < last; key += KEYS) {
-        for (int64_t h = 0; h < task.heads; h++) attend_block(task, h, segment, key, min(KEYS, last - key), scratch);
+      for (int64_t key = max(begin - offset, 0); key < last; key += block_keys) {
+        for (int64_t h = 0; h < task.heads; h++) attend_block(task, h, segment, key, min(block_keys, last - key), scratch);
       }
       offset += segment.rows;
     }
@@ -367,32 +444,55 @@ class Attention {
 
   void attend_block(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,
                     const Scratch& scratch) const {
-    const int64_t d = (task.head + h) * a.D;
-    pack_keys(segment.key + key * segment.key_row + d, segment.key_row, keys, words, scratch.key);
-    pack_values(segment.value + key * segment.value_row + d, segment.value_row, keys, a.D, scratch.value);
-    const int64_t padded_keys = round_up(keys, PANEL);
+    const auto rows_of = [&](const Scalar* from, int64_t row) {
+      return Rows<Scalar>{from + key * row + (task.head + h) * a.D, row, keys, words};
+    };
+    const Rows<Scalar> key_rows = rows_of(segment.key, segment.key_row);
+    const Rows<Scalar> value_rows = rows_of(segment.value, segment.value_row);
+    pack_keys(key_rows, scratch.key);
+    pack_values(value_rows, scratch.value);
+    const bool last_head = h + 1 == task.heads;
+    Prefetch next_keys = after(key_rows, last_head ? block_keys : 0, last_head ? -h : 1);
+    Prefetch next_values = after(value_rows, last_head ? block_keys : 0, last_head ? -h : 1);
     for (int64_t x = segment.first; x < segment.last; x += ROWS) {
       const int64_t rows = min(ROWS, segment.last - x);
       if (segment.seen(x + rows - 1) <= key) continue;
-      const int64_t row = h * max_rows + x - task.first;
-      float rescale[ROWS];
-      const int64_t query_words = round_up(words, LANES);
-      for (int64_t k = 0; k < padded_keys; k += PANEL) {
-        multiply<Scalar>(rows, scratch.query + row * query_words, query_words, scratch.key + k * words, words,
-                         scratch.score + k, KEYS, nullptr);
-      }
-      for (int64_t r = 0; r < rows; r++) {
-        float* const score = scratch.score + r * KEYS;
-        const int64_t seen = max(0, min(keys, segment.seen(x + r) - key));
-        for (int64_t k = seen; k < padded_keys; k++) score[k] = -__builtin_inff();
-        rescale[r] = soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r],
-                                    scratch.weight + r * KEYS / PER_WORD<Scalar>);
-      }
-      for (int64_t c = 0; c < columns; c += PANEL) {
-        multiply<Scalar>(rows, scratch.weight, KEYS / PER_WORD<Scalar>,
-                         scratch.value + c * (padded_keys / PER_WORD<Scalar>), padded_keys / PER_WORD<Scalar>,
-                         scratch.out + row * columns + c, columns, rescale);
-      }
+      attend_tile(segment, x, rows, key, keys, h * max_rows + x - task.first, scratch, next_keys, next_values);
+    }
+  }
+
+  // The rows as many rows and heads further on.
+  Prefetch after(const Rows<Scalar>& rows, int64_t further_rows, int64_t further_heads) const {
+    const int64_t numbers = further_rows * rows.row + further_heads * a.D;
+    Prefetch prefetch;
+    prefetch.row = reinterpret_cast<const char*>(rows.from) + numbers * int64_t(sizeof(Scalar));
+    prefetch.row_bytes = rows.row * sizeof(Scalar);
+    prefetch.row_lines = ceil_div(a.D * sizeof(Scalar), LINE);
+    prefetch.rows = rows.rows;
+    return prefetch;
+  }
+
+  void attend_tile(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
+                   const Scratch& scratch, Prefetch& next_keys, Prefetch& next_values) const {
+    const int64_t query_words = round_up(words, LANES);
+    const int64_t weight_words = KEYS_OF_MANY / PER_WORD<Scalar>;
+    const int64_t padded_keys = round_up(keys, PANEL);
+    const int64_t steps = padded_keys / PER_WORD<Scalar>;
+    for (int64_t k = 0; k < padded_keys; k += PANEL) {
+      multiply<Scalar>(rows, {scratch.query + row * query_words, query_words, scratch.key + k * words, words,
+                              scratch.score + k, KEYS_OF_MANY, nullptr, &next_keys});
+    }
+    float rescale[ROWS];
+    for (int64_t r = 0; r < rows; r++) {
+      float* const score = scratch.score + r * KEYS_OF_MANY;
+      const int64_t seen = max(0, min(keys, segment.seen(x + r) - key));
+      for (int64_t k = seen; k < padded_keys; k++) score[k] = -__builtin_inff();
+      float* const weight = scratch.weight + r * weight_words;
+      rescale[r] = soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], weight);
+    }
+    for (int64_t c = 0; c < columns; c += PANEL) {
+      multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
+                              scratch.out + row * columns + c, columns, rescale, &next_values});
     }
   }
 

@@ -61,19 +61,19 @@ inline f32x min(f32x a, f32x b) {
   return a < b ? a : b;
 }
 
-inline int64_t min(int64_t a, int64_t b) {
+constexpr int64_t min(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-inline int64_t max(int64_t a, int64_t b) {
+constexpr int64_t max(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-inline int64_t round_up(int64_t a, int64_t b) {
+constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
 }
 
@@ -146,9 +146,9 @@ inline float sum_lanes(f32x x) {
   return reduce<LANES / 2>(x, [](f32x a, f32x b) { return a + b; }, Lanes());
 }
 
-// row[i][j] <-> row[j][i]. Step S swaps the off-diagonal S x S blocks of each 2S x 2S block.
+// row[i][j] <-> row[j][i]: first within the 4 x 4 blocks, then blocks of 4, 8, ... change places with their mirror images.
 template <int S, int... I>
-inline void transpose(f32x (&row)[LANES], std::integer_sequence<int, I...> lanes) {
+inline void transpose_blocks(f32x (&row)[LANES], std::integer_sequence<int, I...> lanes) {
   for (int i = 0; i < LANES; i++) {
     if (i & S) continue;
     const f32x a = row[i];
@@ -156,11 +156,26 @@ inline void transpose(f32x (&row)[LANES], std::integer_sequence<int, I...> lanes
     row[i] = shuffle<(I & S ? LANES + I - S : I)...>(a, b);
     row[i + S] = shuffle<(I & S ? LANES + I : I + S)...>(a, b);
   }
-  if constexpr (2 * S < LANES) transpose<2 * S>(row, lanes);
+  if constexpr (2 * S < LANES) transpose_blocks<2 * S>(row, lanes);
+}
+
+template <int... I>
+inline void transpose(f32x (&row)[LANES], std::integer_sequence<int, I...> lanes) {
+  for (int i = 0; i < LANES; i += 4) {
+    const f32x low_01 = shuffle<((I & ~3) + (I & 3) / 2 + (I & 1) * LANES)...>(row[i], row[i + 1]);
+    const f32x low_23 = shuffle<((I & ~3) + (I & 3) / 2 + (I & 1) * LANES)...>(row[i + 2], row[i + 3]);
+    const f32x high_01 = shuffle<((I & ~3) + (I & 3) / 2 + (I & 1) * LANES + 2)...>(row[i], row[i + 1]);
+    const f32x high_23 = shuffle<((I & ~3) + (I & 3) / 2 + (I & 1) * LANES + 2)...>(row[i + 2], row[i + 3]);
+    row[i] = shuffle<((I & ~3) + (I & 1) + (I & 2) / 2 * LANES)...>(low_01, low_23);
+    row[i + 1] = shuffle<((I & ~3) + (I & 1) + (I & 2) / 2 * LANES + 2)...>(low_01, low_23);
+    row[i + 2] = shuffle<((I & ~3) + (I & 1) + (I & 2) / 2 * LANES)...>(high_01, high_23);
+    row[i + 3] = shuffle<((I & ~3) + (I & 1) + (I & 2) / 2 * LANES + 2)...>(high_01, high_23);
+  }
+  if constexpr (LANES > 4) transpose_blocks<4>(row, lanes);
 }
 
 inline void transpose(f32x (&row)[LANES]) {
-  transpose<1>(row, Lanes());
+  transpose(row, Lanes());
 }
 
 // 2^x to 2 ulp; 0 for x < -126.5, infinity for x > 127.5, NaN for NaN.
