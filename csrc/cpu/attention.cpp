@@ -105,13 +105,16 @@ inline void pack_key_tile(const Rows<Scalar>& keys, int64_t key, int64_t word, f
 
 // Keys as the right operand of query * key^T: [panel of keys][word of D][PANEL].
 template <class Scalar>
-void pack_keys(const Rows<Scalar>& keys, float* to) {
+__attribute__((noinline)) void pack_keys(const Rows<Scalar>& keys, float* to) {
   for (int64_t key = 0; key < round_up(keys.rows, PANEL); key += LANES) {
     float* const panel = to + key / PANEL * PANEL * keys.words + key % PANEL;
     for (int64_t word = 0; word < keys.words; word += LANES) {
       const bool whole = keys.has(key + LANES - 1, word);
-      const auto pack = whole ? pack_key_tile<false, Scalar> : pack_key_tile<true, Scalar>;
-      pack(keys, key, word, panel + word * PANEL);
+      if (whole) {
+        pack_key_tile<false>(keys, key, word, panel + word * PANEL);
+      } else {
+        pack_key_tile<true>(keys, key, word, panel + word * PANEL);
+      }
     }
   }
 }
@@ -125,7 +128,7 @@ inline void pack_value_step(const Rows<Scalar>& values, int64_t step, int64_t wo
 
 // Values as the right operand of weight * value: [panel of D][word of keys][PANEL].
 template <class Scalar>
-void pack_values(const Rows<Scalar>& values, float* to) {
+__attribute__((noinline)) void pack_values(const Rows<Scalar>& values, float* to) {
   const int64_t steps = round_up(values.rows, PANEL) / PER_WORD<Scalar>;
   for (int64_t word = 0; word < values.words; word += LANES) {
     const int64_t column = word * PER_WORD<Scalar>;
@@ -139,16 +142,18 @@ void pack_values(const Rows<Scalar>& values, float* to) {
 // Rows to be packed next. The products fetch them line by line as they go, so that memory is never idle.
 struct Prefetch {
   const char* row;
-  int64_t row_bytes, row_lines, rows;
+  int64_t row_bytes, row_lines;
+  int64_t lines;  // left, of all rows
   int64_t line = 0;
 
-  void fetch(int lines) {
-    for (; lines > 0 && rows > 0; lines--) {
+  void fetch(int count) {
+    if (lines <= 0) return;
+    lines -= count;
+    for (int i = 0; i < count; i++) {
       __builtin_prefetch(row + line * LINE, 0, 2);
-      if (++line < row_lines) continue;
-      line = 0;
-      row += row_bytes;
-      rows--;
+      line++;
+      row += line == row_lines ? row_bytes : 0;
+      line = line == row_lines ? 0 : line;
     }
   }
 };
@@ -171,8 +176,12 @@ void multiply_tile(const Product& product) {
   constexpr int lines_of_step = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
   const auto [a, a_row, b, steps, c, c_row, scale, next] = product;
   Prefetch prefetch = *next;
-  f32x sum[rows][VECTORS] = {};
-  for (int64_t step = 0; step < steps; step++) {
+  f32x sum[rows][VECTORS];
+  for (int r = 0; r < rows; r++) {
+    for (int v = 0; v < VECTORS; v++) sum[r][v] = f32x{};
+  }
+  int64_t step = 0;
+  do {
     prefetch.fetch(lines_of_step);
     f32x part[VECTORS];
     for (int v = 0; v < VECTORS; v++) part[v] = load(b + step * PANEL + v * LANES);
@@ -180,7 +189,7 @@ void multiply_tile(const Product& product) {
       const f32x word = broadcast(a[r * a_row + step]);
       for (int v = 0; v < VECTORS; v++) sum[r][v] = multiply_add<Scalar>(word, part[v], sum[r][v]);
     }
-  }
+  } while (++step < steps);
   for (int r = 0; r < rows; r++) {
     for (int v = 0; v < VECTORS; v++) {
       float* const to = c + r * c_row + v * LANES;
@@ -468,7 +477,7 @@ class Attention {
     prefetch.row = reinterpret_cast<const char*>(rows.from) + numbers * int64_t(sizeof(Scalar));
     prefetch.row_bytes = rows.row * sizeof(Scalar);
     prefetch.row_lines = ceil_div(a.D * sizeof(Scalar), LINE);
-    prefetch.rows = rows.rows;
+    prefetch.lines = rows.rows * prefetch.row_lines;
     return prefetch;
   }
 

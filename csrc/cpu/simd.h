@@ -178,24 +178,36 @@ inline void transpose(f32x (&row)[LANES]) {
   transpose(row, Lanes());
 }
 
-// 2^x to 2 ulp; 0 for x < -126.5, infinity for x > 127.5, NaN for NaN.
-inline f32x exp2(f32x x) {
-  // Adding 1.5 * 2^23 leaves round(x) in the low bits; 127 more make it a biased exponent.
-  const f32x shift = broadcast(12582912.f + 127.f);
-  x = min(broadcast(128.f), max(broadcast(-127.f), x));
-  const f32x shifted = x + shift;
-  const f32x f = x - (shifted - shift);
-  // Minimax in relative error on [-1/2, 1/2].
-  f32x y = fma(broadcast(1.327647205e-3f), f, broadcast(9.675541385e-3f));
-  y = fma(y, f, broadcast(5.550713274e-2f));
-  y = fma(y, f, broadcast(2.402211972e-1f));
-  y = fma(y, f, broadcast(6.931469671e-1f));
-  y = fma(y, f, broadcast(1.000000072f));
-  return y * (f32x)((u32x)shifted << 23);
+// Added to a small number, leaves it rounded in the low bits, as a float's biased exponent.
+constexpr float TO_EXPONENT = 12582912.f + 127.f;
+
+// 2^(f + n) for |f| <= 1/2 and integers n from -127 (gives 0) to 128 (infinity), given as n + TO_EXPONENT.
+inline f32x power_of_2(f32x f, f32x exponent) {
+  // Minimax in relative error, with 1 as the first coefficient.
+  f32x y = fma(broadcast(1.5353362e-4f), f, broadcast(1.33988744e-3f));
+  y = fma(y, f, broadcast(9.61843736e-3f));
+  y = fma(y, f, broadcast(5.55033247e-2f));
+  y = fma(y, f, broadcast(2.40226479e-1f));
+  y = fma(y, f, broadcast(6.93147203e-1f));
+  y = fma(y, f, broadcast(1));
+  return y * (f32x)((u32x)exponent << 23);
 }
 
+// 2^x to 1.2 ulp; 0 for x < -126.5, infinity for x > 127.5, NaN for NaN.
+inline f32x exp2(f32x x) {
+  x = min(broadcast(128), max(broadcast(-127), x));
+  const f32x exponent = x + TO_EXPONENT;
+  return power_of_2(x - (exponent - TO_EXPONENT), exponent);
+}
+
+// e^x to 2 ulp; 0, infinity and NaN as exp2.
 inline f32x exp(f32x x) {
-  return exp2(x * 1.44269504f);
+  x = min(broadcast(89), max(broadcast(-88), x));
+  const f32x exponent = fma(x, broadcast(1.44269504f), broadcast(TO_EXPONENT));
+  const f32x n = exponent - TO_EXPONENT;
+  // x - n ln 2, with ln 2 in two parts: n times the first is exact.
+  const f32x rest = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
+  return power_of_2(rest * 1.44269504f, exponent);
 }
 
 }  // namespace MEMKERNEL_ISA
