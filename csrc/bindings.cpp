@@ -206,17 +206,16 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   const int64_t in = last_size("x", x);
   expect("weight", weight, {-1, in}, x.scalar_type());
   const auto dtype = kernel_dtype(x);
-  const Kernels& fast = kernels();
-  const int64_t most = dtype == DType::float32 ? fast.linear_rows_float32 : fast.linear_rows_bfloat16;
-  if (!dtype || x.numel() > most * in || !is_packed(weight, 1))
+  constexpr int64_t few = 16;  // rows up to which the kernel beats PyTorch's own product (benchmarks/cpu_linear.py)
+  if (!dtype || x.numel() > few * in || !is_packed(weight, 1))
     return call<Tensor>("aten::linear", x, weight, std::nullopt);
   const Rows rows = rows_of(x, 1);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const int64_t out = shape.back() = weight.size(0);
   const Tensor y = empty(shape, x.scalar_type());
-  fast.linear({*dtype, rows.tensor.const_data_ptr(), weight.const_data_ptr(), y.data_ptr(), rows.count, in, out,
-               rows.stride, weight.stride(0)},
-              threads_for(bytes_of(weight)));
+  kernels().linear({*dtype, rows.tensor.const_data_ptr(), weight.const_data_ptr(), y.data_ptr(), rows.count, in, out,
+                    rows.stride, weight.stride(0)},
+                   threads_for(bytes_of(weight)));
   return y;
 }
 

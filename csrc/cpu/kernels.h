@@ -104,7 +104,6 @@ struct Linear {
 
 struct Kernels {
   const char* isa;
-  int64_t linear_rows_float32, linear_rows_bfloat16;  // up to so many rows, `linear` beats PyTorch's own product
   void (*rms_norm)(const RmsNorm&, const Threads&);
   void (*swiglu)(const Swiglu&, const Threads&);
   void (*rope_write)(const RopeWrite&, const Threads&);

@@ -19,8 +19,6 @@ void linear(const Linear&, const Threads&);
 
 extern const Kernels table = {
     MEMKERNEL_STRING(MEMKERNEL_ISA),
-    8,
-    8,
     rms_norm,
     swiglu,
     rope_write,
