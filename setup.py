@@ -35,6 +35,7 @@ if platform.machine() not in ("x86_64", "AMD64"):
 
 class Build(build_ext):
     def run(self):
+        self.force = True  # flags may have changed, which no time stamp tells
         if self.inplace:  # if this build fails, no older one must be left to be used
             Path(self.get_ext_fullpath("memkernel._C")).unlink(missing_ok=True)
         super().run()
