@@ -7,235 +7,20 @@
 #include <cstdlib>
 #include <new>
 
+#include "attention_tile.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace memkernel {
 namespace MEMKERNEL_ISA {
 namespace {
 
-constexpr int VECTORS = LANES == 16 ? 4 : 2;
-constexpr int ROWS = 6;                     // ROWS x VECTORS sums fill the vector registers
-constexpr int PANEL = VECTORS * LANES;      // columns of a packed operand that lie together
-constexpr int64_t TASK_ROWS = 256;          // about as many query rows, over all heads of a task
-constexpr int64_t FEW_ROWS = 48;
-constexpr int64_t KEYS_OF_FEW = 64;         // in a block: memory is the limit, and read more evenly in small blocks
-constexpr int64_t KEYS_OF_MANY = 256;       // in a block: the products are the limit
-constexpr int LINE = 64;                    // bytes of a cache line
-constexpr float NEVER = -3.40282347e38f;    // a maximum below any score, but finite: NEVER - NEVER is 0
-
-// Operands of the products are 32-bit words: a float, or two bf16 where the processor multiplies and adds pairs.
-template <class Scalar>
-constexpr int PER_WORD = 1;
-
-template <class Scalar>
-inline f32x multiply_add(f32x a, f32x b, f32x sum) {
-  return fma(a, b, sum);
-}
-
-// Words whose halves come from two rows, in the order of the columns.
-template <class Scalar>
-inline void store_columns(float* to, const f32x (&row)[PER_WORD<Scalar>]) {
-  store(to, row[0]);
-}
-
-#if defined(__AVX512BF16__)
-template <>
-constexpr int PER_WORD<bf16> = 2;
-
-template <>
-inline f32x multiply_add<bf16>(f32x a, f32x b, f32x sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-template <>
-inline void store_columns<bf16>(float* to, const f32x (&row)[2]) {
-  const i32x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int half = 0; half < 2; half++) {
-    const i32x index = (lane + 16 * half) * 0x10001 + (32 << 16);
-    store(to + half * LANES, (f32x)_mm512_permutex2var_epi16((__m512i)row[0], (__m512i)index, (__m512i)row[1]));
-  }
-}
-#endif
-
-template <class Scalar>
-inline f32x load_words(const Scalar* from) {
-  if constexpr (PER_WORD<Scalar> == 1) return load(from);
-  f32x x;
-  __builtin_memcpy(&x, from, sizeof x);
-  return x;
-}
-
-// The first `words` words, zeros after them.
-template <class Scalar>
-inline f32x load_words(const Scalar* from, int64_t words) {
-  if (words >= LANES) return load_words(from);
-  Scalar buffer[LANES * PER_WORD<Scalar>] = {};
-  __builtin_memcpy(buffer, from, words * PER_WORD<Scalar> * sizeof(Scalar));
-  return load_words(buffer);
-}
-
-// The rows of a block that belong to one key/value head.
-template <class Scalar>
-struct Rows {
-  const Scalar* from;
-  int64_t row, rows, words;
-
-  bool has(int64_t i, int64_t word) const {
-    return i < rows && word + LANES <= words;
-  }
-
-  // LANES words of row i; if CHECKED, with zeros for missing ones.
-  template <bool CHECKED>
-  f32x part(int64_t i, int64_t word) const {
-    const Scalar* const source = from + i * row + word * PER_WORD<Scalar>;
-    if (!CHECKED) return load_words(source);
-    return i < rows ? load_words(source, words - word) : f32x{};
-  }
-};
-
-template <bool CHECKED, class Scalar>
-inline void pack_key_tile(const Rows<Scalar>& keys, int64_t key, int64_t word, float* to) {
-  f32x tile[LANES];
-  for (int i = 0; i < LANES; i++) tile[i] = keys.template part<CHECKED>(key + i, word);
-  transpose(tile);
-  const int64_t count = CHECKED ? min(LANES, keys.words - word) : LANES;
-  for (int i = 0; i < count; i++) store(to + i * PANEL, tile[i]);
-}
-
-// Keys as the right operand of query * key^T: [panel of keys][word of D][PANEL].
-template <class Scalar>
-__attribute__((noinline)) void pack_keys(const Rows<Scalar>& keys, float* to) {
-  for (int64_t key = 0; key < round_up(keys.rows, PANEL); key += LANES) {
-    float* const panel = to + key / PANEL * PANEL * keys.words + key % PANEL;
-    for (int64_t word = 0; word < keys.words; word += LANES) {
-      const bool whole = keys.has(key + LANES - 1, word);
-      if (whole) {
-        pack_key_tile<false>(keys, key, word, panel + word * PANEL);
-      } else {
-        pack_key_tile<true>(keys, key, word, panel + word * PANEL);
-      }
-    }
-  }
-}
-
-template <bool CHECKED, class Scalar>
-inline void pack_value_step(const Rows<Scalar>& values, int64_t step, int64_t word, float* to) {
-  f32x row[PER_WORD<Scalar>];
-  for (int i = 0; i < PER_WORD<Scalar>; i++) row[i] = values.template part<CHECKED>(step * PER_WORD<Scalar> + i, word);
-  store_columns<Scalar>(to, row);
-}
-
-// Values as the right operand of weight * value: [panel of D][word of keys][PANEL].
-template <class Scalar>
-__attribute__((noinline)) void pack_values(const Rows<Scalar>& values, float* to) {
-  const int64_t steps = round_up(values.rows, PANEL) / PER_WORD<Scalar>;
-  for (int64_t word = 0; word < values.words; word += LANES) {
-    const int64_t column = word * PER_WORD<Scalar>;
-    float* const panel = to + column / PANEL * PANEL * steps + column % PANEL;
-    const int64_t whole = values.has(0, word) ? values.rows / PER_WORD<Scalar> : 0;
-    for (int64_t step = 0; step < whole; step++) pack_value_step<false>(values, step, word, panel + step * PANEL);
-    for (int64_t step = whole; step < steps; step++) pack_value_step<true>(values, step, word, panel + step * PANEL);
-  }
-}
-
-// Rows to be packed next. The products fetch them line by line as they go, so that memory is never idle.
-struct Prefetch {
-  const char* row;
-  int64_t row_bytes, row_lines;
-  int64_t lines;  // left, of all rows
-  int64_t line = 0;
-
-  void fetch(int count) {
-    if (lines <= 0) return;
-    lines -= count;
-    for (int i = 0; i < count; i++) {
-      __builtin_prefetch(row + line * LINE, 0, 2);
-      line++;
-      row += line == row_lines ? row_bytes : 0;
-      line = line == row_lines ? 0 : line;
-    }
-  }
-};
-
-// c = scale * c + a * b, or a * b without scale; a [rows, steps], b [steps, PANEL] in words, c [rows, PANEL].
-struct Product {
-  const float* a;
-  int64_t a_row;
-  const float* b;
-  int64_t steps;
-  float* c;
-  int64_t c_row;
-  const float* scale;
-  Prefetch* next;
-};
-
-// The product is summed apart from c: a long sum in blocks has a much smaller rounding error.
-template <class Scalar, int rows>
-void multiply_tile(const Product& product) {
-  constexpr int lines_of_step = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
-  const auto [a, a_row, b, steps, c, c_row, scale, next] = product;
-  Prefetch prefetch = *next;
-  f32x sum[rows][VECTORS];
-  for (int r = 0; r < rows; r++) {
-    for (int v = 0; v < VECTORS; v++) sum[r][v] = f32x{};
-  }
-  int64_t step = 0;
-  do {
-    prefetch.fetch(lines_of_step);
-    f32x part[VECTORS];
-    for (int v = 0; v < VECTORS; v++) part[v] = load(b + step * PANEL + v * LANES);
-    for (int r = 0; r < rows; r++) {
-      const f32x word = broadcast(a[r * a_row + step]);
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = multiply_add<Scalar>(word, part[v], sum[r][v]);
-    }
-  } while (++step < steps);
-  for (int r = 0; r < rows; r++) {
-    for (int v = 0; v < VECTORS; v++) {
-      float* const to = c + r * c_row + v * LANES;
-      store(to, scale ? fma(load(to), broadcast(scale[r]), sum[r][v]) : sum[r][v]);
-    }
-  }
-  *next = prefetch;
-}
-
-template <class Scalar>
-void multiply(int64_t rows, const Product& product) {
-  static constexpr void (*tile[ROWS])(const Product&) = {multiply_tile<Scalar, 1>, multiply_tile<Scalar, 2>,
-                                                         multiply_tile<Scalar, 3>, multiply_tile<Scalar, 4>,
-                                                         multiply_tile<Scalar, 5>, multiply_tile<Scalar, 6>};
-  tile[rows - 1](product);
-}
-
-// The running softmax of a query row: exponents are in base 2, relative to the largest so far.
-struct Softmax {
-  float max, sum;
-};
-
-// Scores -> weights 2^(score * scale - max). Returns the factor that brings earlier results to the new maximum.
-template <class Scalar>
-float soften(const float* score, int64_t keys, float scale, Softmax& row, float* weight) {
-  f32x largest = load(score);
-  for (int64_t i = LANES; i < keys; i += LANES) largest = max(largest, load(score + i));
-  const float before = row.max;
-  const float block_max = max_lane(largest) * scale;
-  if (!(block_max <= before)) row.max = block_max;
-  f32x sum = {};
-  for (int64_t i = 0; i < keys; i += LANES) {
-    const f32x x = exp2(fma(load(score + i), broadcast(scale), broadcast(-row.max)));
-    if constexpr (PER_WORD<Scalar> == 2) {
-      bf16* const rounded = reinterpret_cast<bf16*>(weight) + i;
-      store(rounded, x);
-      sum += load(rounded);
-    } else {
-      store(weight + i, x);
-      sum += x;
-    }
-  }
-  const float rescale = row.max == before ? 1 : exp2(broadcast(before - row.max))[0];
-  row.sum = row.sum * rescale + sum_lanes(sum);
-  return rescale;
-}
+constexpr int64_t TASK_ROWS = 256;    // about as many query rows, over all heads of a task
+constexpr int64_t FEW_ROWS = 48;      // up to here memory is the limit, and read more evenly in small blocks
+constexpr int64_t KEYS_OF_FEW = 64;   // in a block
+constexpr int64_t KEYS_OF_MANY = 256;
+constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
+constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
+static_assert(KEYS_OF_FEW % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
 
 struct Buffer {
   float* data = nullptr;
@@ -248,9 +33,10 @@ struct Buffer {
   float* reserve(int64_t floats) {
     if (floats > size) {
       std::free(data);
-      size = round_up(floats, 16);
-      data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+      size = 0;
+      data = static_cast<float*>(std::aligned_alloc(64, round_up(floats, 16) * sizeof(float)));
       if (!data) throw std::bad_alloc();
+      size = floats;
     }
     return data;
   }
@@ -259,18 +45,17 @@ struct Buffer {
 thread_local Buffer scratch_buffer;
 thread_local Buffer partial_buffer;
 
-// The rows of keys and values that query rows [first, last) of a task see: row x sees those before seen(x).
+// The keys and values that query rows [first, last) of a task see: row x sees those before seen(x).
 template <class Scalar>
 struct Segment {
   const Scalar *key, *value;
   int64_t key_row, value_row;
   int64_t first, last;
-  int64_t rows;
-  int64_t seen_by_0;
-  int64_t rows_of_token;
+  int64_t keys;
+  int64_t seen_by_0, rows_of_token;
 
   int64_t seen(int64_t x) const {
-    return min(rows, seen_by_0 + x / rows_of_token);
+    return min(keys, seen_by_0 + x / rows_of_token);
   }
 };
 
@@ -284,7 +69,7 @@ struct Scratch {
   float *query, *key, *value;  // packed
   float *score, *weight;       // of ROWS query rows to a block of keys
   Softmax* softmax;            // the result so far, of all heads and rows
-  float* out;
+  float* sum;                  // of weight * value, likewise
 };
 
 template <class Scalar>
@@ -314,13 +99,15 @@ class Attention {
   }
 
  private:
+  static constexpr int64_t weight_words = KEYS_OF_MANY / PER_WORD<Scalar>;  // of a query row, for a block of keys
+
   const MemoryAttention& a;
   int64_t Q, N, X;            // query heads of a key/value head, sequences of a pool, query rows of a key/value head
   float scale;                // of scores, to exponents in base 2
   int64_t words, columns;     // of a packed query row, of a row of sums
-  int64_t row_blocks, max_rows, head_blocks, max_heads;
+  int64_t row_blocks, max_rows, head_blocks, max_heads;  // of the tasks
   int64_t splits;             // of the keys of a task
-  int64_t block_keys;
+  int64_t block_keys;         // multiplied at a time
   float* partials = nullptr;  // of each task, and of each of its splits
 
   // The fewest splits that keep nine in ten threads busy, if all tasks take the same time.
@@ -352,7 +139,7 @@ class Attention {
   const Scalar* query_row(const Task& task, int64_t head, int64_t x) const {
     const int64_t b = task.pool * N + x / (a.T * Q);
     const int64_t t = x / Q % a.T;
-    return static_cast<const Scalar*>(a.query) + b * a.query_B + t * a.query_T + (head * Q + x % Q) * a.D;
+    return at(a.query, b * a.query_B + t * a.query_T + (head * Q + x % Q) * a.D);
   }
 
   Scalar* out_row(const Task& task, int64_t head, int64_t x) const {
@@ -360,61 +147,60 @@ class Attention {
     return static_cast<Scalar*>(a.out) + (bt * a.H + head * Q + x % Q) * a.D;
   }
 
-  Segment<Scalar> memory(const Task& task) const {
-    Segment<Scalar> segment;
-    segment.key = static_cast<const Scalar*>(a.memory_key) + task.pool * a.memory_key_P;
-    segment.value = static_cast<const Scalar*>(a.memory_value) + task.pool * a.memory_value_P;
-    segment.key_row = a.memory_key_M;
-    segment.value_row = a.memory_value_M;
-    segment.first = task.first;
-    segment.last = task.first + task.rows;
-    segment.rows = a.M;
-    segment.seen_by_0 = a.M;
-    segment.rows_of_token = Q;
-    return segment;
+  static const Scalar* at(const void* data, int64_t offset) {
+    return static_cast<const Scalar*>(data) + offset;
   }
 
-  Segment<Scalar> own_rows(const Task& task, int64_t n) const {
+  Segment<Scalar> memory(const Task& task) const {
+    return {at(a.memory_key, task.pool * a.memory_key_P),
+            at(a.memory_value, task.pool * a.memory_value_P),
+            a.memory_key_M,
+            a.memory_value_M,
+            task.first,
+            task.first + task.rows,
+            a.M,
+            a.M,
+            Q};
+  }
+
+  // The cache of sequence n of the pool, as far as the task's last query row of this sequence sees.
+  Segment<Scalar> own(const Task& task, int64_t n) const {
     const int64_t b = task.pool * N + n;
-    Segment<Scalar> segment;
-    segment.key = static_cast<const Scalar*>(a.key) + b * a.key_B;
-    segment.value = static_cast<const Scalar*>(a.value) + b * a.value_B;
-    segment.key_row = a.key_S;
-    segment.value_row = a.value_S;
-    segment.first = max(task.first, n * a.T * Q);
-    segment.last = min(task.first + task.rows, (n + 1) * a.T * Q);
-    segment.rows = a.S;
-    segment.seen_by_0 = a.start[b] + 1 - n * a.T;
-    segment.rows_of_token = Q;
-    segment.rows = segment.seen(segment.last - 1);
-    return segment;
+    const int64_t first = max(task.first, n * a.T * Q);
+    const int64_t last = min(task.first + task.rows, (n + 1) * a.T * Q);
+    const int64_t seen_by_0 = a.start[b] + 1 - n * a.T;
+    return {at(a.key, b * a.key_B),
+            at(a.value, b * a.value_B),
+            a.key_S,
+            a.value_S,
+            first,
+            last,
+            min(a.S, seen_by_0 + (last - 1) / Q),
+            seen_by_0,
+            Q};
   }
 
   void attend(int64_t i) {
     const Task task = this->task(i / splits);
     const int64_t heads_rows = max_heads * max_rows;
-    const int64_t sizes[] = {heads_rows * round_up(words, LANES), words * KEYS_OF_MANY,
-                             columns * KEYS_OF_MANY / PER_WORD<Scalar>, ROWS * KEYS_OF_MANY,
-                             ROWS * KEYS_OF_MANY / PER_WORD<Scalar>, partial_size()};
-    float* next = scratch_buffer.reserve(sizes[0] + sizes[1] + sizes[2] + sizes[3] + sizes[4] + sizes[5]);
+    const int64_t query_size = heads_rows * round_up(words, LANES);
+    const int64_t key_size = words * KEYS_OF_MANY;
+    const int64_t value_size = columns * weight_words;
+    const int64_t tile_size = ROWS * (KEYS_OF_MANY + weight_words);
+    float* const buffer = scratch_buffer.reserve(query_size + key_size + value_size + tile_size + partial_size());
     Scratch scratch;
-    scratch.query = take(next, sizes[0]);
-    scratch.key = take(next, sizes[1]);
-    scratch.value = take(next, sizes[2]);
-    scratch.score = take(next, sizes[3]);
-    scratch.weight = take(next, sizes[4]);
-    float* const partial = splits > 1 ? partials + i * partial_size() : take(next, sizes[5]);
+    scratch.query = buffer;
+    scratch.key = scratch.query + query_size;
+    scratch.value = scratch.key + key_size;
+    scratch.score = scratch.value + value_size;
+    scratch.weight = scratch.score + ROWS * KEYS_OF_MANY;
+    float* const partial = splits > 1 ? partials + i * partial_size() : scratch.weight + ROWS * weight_words;
     scratch.softmax = reinterpret_cast<Softmax*>(partial);
-    scratch.out = partial + 2 * heads_rows;
+    scratch.sum = partial + 2 * heads_rows;
     start(task, scratch);
     attend_segments(task, i % splits, scratch);
     if (splits > 1) return;
     for (int64_t h = 0; h < task.heads; h++) write_head(task, h, partial);
-  }
-
-  static float* take(float*& next, int64_t size) {
-    next += size;
-    return next - size;
   }
 
   void start(const Task& task, const Scratch& scratch) const {
@@ -427,7 +213,7 @@ class Attention {
                 load_words(from + word * PER_WORD<Scalar>, words - word));
         }
         scratch.softmax[row] = {NEVER, 0};
-        __builtin_memset(scratch.out + row * columns, 0, columns * sizeof(float));
+        __builtin_memset(scratch.sum + row * columns, 0, columns * sizeof(float));
       }
     }
   }
@@ -437,17 +223,18 @@ class Attention {
     const int64_t first_n = task.first / (a.T * Q);
     const int64_t last_n = (task.first + task.rows - 1) / (a.T * Q);
     int64_t total = a.M;
-    for (int64_t n = first_n; n <= last_n; n++) total += own_rows(task, n).rows;
+    for (int64_t n = first_n; n <= last_n; n++) total += own(task, n).keys;
     const int64_t begin = total * split / splits;
     const int64_t end = total * (split + 1) / splits;
     int64_t offset = 0;
     for (int64_t n = first_n - 1; n <= last_n; n++) {
-      const Segment<Scalar> segment = n < first_n ? memory(task) : own_rows(task, n);
-      const int64_t last = min(end - offset, segment.rows);
+      const Segment<Scalar> segment = n < first_n ? memory(task) : own(task, n);
+      const int64_t last = min(end - offset, segment.keys);
       for (int64_t key = max(begin - offset, 0); key < last; key += block_keys) {
-        for (int64_t h = 0; h < task.heads; h++) attend_block(task, h, segment, key, min(block_keys, last - key), scratch);
+        const int64_t keys = min(block_keys, last - key);
+        for (int64_t h = 0; h < task.heads; h++) attend_block(task, h, segment, key, keys, scratch);
       }
-      offset += segment.rows;
+      offset += segment.keys;
     }
   }
 
@@ -484,12 +271,14 @@ class Attention {
   void attend_tile(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
                    const Scratch& scratch, Prefetch& next_keys, Prefetch& next_values) const {
     const int64_t query_words = round_up(words, LANES);
-    const int64_t weight_words = KEYS_OF_MANY / PER_WORD<Scalar>;
     const int64_t padded_keys = round_up(keys, PANEL);
     const int64_t steps = padded_keys / PER_WORD<Scalar>;
     for (int64_t k = 0; k < padded_keys; k += PANEL) {
-      multiply<Scalar>(rows, {scratch.query + row * query_words, query_words, scratch.key + k * words, words,
-                              scratch.score + k, KEYS_OF_MANY, nullptr, &next_keys});
+      for (int64_t word = 0; word < words; word += SUM_STEPS) {
+        multiply<Scalar>(rows, {scratch.query + row * query_words + word, query_words,
+                                scratch.key + k * words + word * PANEL, min(SUM_STEPS, words - word),
+                                scratch.score + k, KEYS_OF_MANY, word ? ONES : nullptr, &next_keys});
+      }
     }
     float rescale[ROWS];
     for (int64_t r = 0; r < rows; r++) {
@@ -501,7 +290,7 @@ class Attention {
     }
     for (int64_t c = 0; c < columns; c += PANEL) {
       multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
-                              scratch.out + row * columns + c, columns, rescale, &next_values});
+                              scratch.sum + row * columns + c, columns, rescale, &next_values});
     }
   }
 

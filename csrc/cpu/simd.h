@@ -146,7 +146,7 @@ inline float sum_lanes(f32x x) {
   return reduce<LANES / 2>(x, [](f32x a, f32x b) { return a + b; }, Lanes());
 }
 
-// row[i][j] <-> row[j][i]: first within the 4 x 4 blocks, then blocks of 4, 8, ... change places with their mirror images.
+// row[i][j] <-> row[j][i]: first within the 4 x 4 blocks, then blocks of 4, 8, ... change places with their mirrors.
 template <int S, int... I>
 inline void transpose_blocks(f32x (&row)[LANES], std::integer_sequence<int, I...> lanes) {
   for (int i = 0; i < LANES; i++) {
