@@ -91,9 +91,9 @@ inline void pack_key_tile(const Rows<Scalar>& keys, int64_t key, int64_t word, f
   for (int i = 0; i < count; i++) store(to + i * PANEL, tile[i]);
 }
 
-// Keys as the right operand of query * key^T: [panel of keys][word of D][PANEL]. Inlined, the tile would be spilled.
+// Keys as the right operand of query * key^T: [panel of keys][word of D][PANEL].
 template <class Scalar>
-__attribute__((noinline)) void pack_keys(const Rows<Scalar>& keys, float* to) {
+void pack_keys(const Rows<Scalar>& keys, float* to) {
   for (int64_t key = 0; key < round_up(keys.rows, PANEL); key += LANES) {
     float* const panel = to + key / PANEL * PANEL * keys.words + key % PANEL;
     for (int64_t word = 0; word < keys.words; word += LANES) {
@@ -115,7 +115,7 @@ inline void pack_value_step(const Rows<Scalar>& values, int64_t step, int64_t wo
 
 // Values as the right operand of weight * value: [panel of D][word of keys][PANEL].
 template <class Scalar>
-__attribute__((noinline)) void pack_values(const Rows<Scalar>& values, float* to) {
+void pack_values(const Rows<Scalar>& values, float* to) {
   const int64_t steps = round_up(values.rows, PANEL) / PER_WORD<Scalar>;
   for (int64_t word = 0; word < values.words; word += LANES) {
     const int64_t column = word * PER_WORD<Scalar>;
@@ -189,10 +189,14 @@ void multiply_tile(const Product& product) {
 
 template <class Scalar>
 void multiply(int64_t rows, const Product& product) {
-  static constexpr void (*tile[ROWS])(const Product&) = {multiply_tile<Scalar, 1>, multiply_tile<Scalar, 2>,
-                                                         multiply_tile<Scalar, 3>, multiply_tile<Scalar, 4>,
-                                                         multiply_tile<Scalar, 5>, multiply_tile<Scalar, 6>};
-  tile[rows - 1](product);
+  switch (rows) {
+    case 1: return multiply_tile<Scalar, 1>(product);
+    case 2: return multiply_tile<Scalar, 2>(product);
+    case 3: return multiply_tile<Scalar, 3>(product);
+    case 4: return multiply_tile<Scalar, 4>(product);
+    case 5: return multiply_tile<Scalar, 5>(product);
+    default: return multiply_tile<Scalar, ROWS>(product);
+  }
 }
 
 // The running softmax of a query row: exponents are in base 2, relative to the largest so far.
