@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint benchmark report clean
+SANITIZED := build/sanitized
+
+.PHONY: demo test lint benchmark report sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/memkernel demo README.md NOTES.md CONTRIBUTING.md
@@ -22,7 +24,15 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-$(VENV)/installed: pyproject.toml setup.py constraints.txt
+# The CPU kernels under AddressSanitizer and UBSan: a copy of the package, built for that alone.
+sanitize: $(VENV)/installed
+	rm -rf $(SANITIZED)
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" LDFLAGS="-fsanitize=address,undefined" \
+	    $(BIN)/python -m pip install -q --no-deps --target $(SANITIZED) .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    $(BIN)/python -m pytest -q -o pythonpath="$(SANITIZED) ." tests/test_native.py
+
+$(VENV)/installed: pyproject.toml setup.py build_backend.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "memkernel needs Python 3.10 or later")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'

@@ -1,5 +1,7 @@
 """The ops between the matrix products, on the rows of one prompt, with cold caches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,19 @@ def rope_write(lab: Lab, T: int) -> Case:
     return case(lab, ours, pytorch, [*caches, fused, cos, sin], read=[fused, *tables], written=[fused])
 
 
+def linear(lab: Lab, T: int) -> Case:
+    """The MLP's last product, at batch sizes of decoding: bound by reading the weights."""
+    config = lab.config
+    inputs = [lab.random(T, config.intermediate_size, seed=0)]
+    inputs.append(lab.random(config.hidden_size, config.intermediate_size, seed=1))
+
+    def ours(namespace, x, weight):
+        return [namespace.linear(x, weight)]
+
+    built = case(lab, ours, lambda x, weight: [F.linear(x, weight)], inputs, read=inputs, written=[])
+    return replace(built, work=built.work + Work(flop=2 * T * inputs[1].numel()))
+
+
 def rotate_memory(lab: Lab) -> Case:
     """Not of the prompt: the refresh of every layer's rotated keys, which the first read after an update pays."""
     config = lab.config
@@ -123,6 +138,12 @@ def rotate_memory(lab: Lab) -> Case:
 @pytest.mark.parametrize("op", [add_rms_norm, swiglu, rope_write], ids=lambda op: op.__name__)
 def bench_small_op(race, contender, op, T):
     race(op.__name__, {"T": T}, contender, lambda lab: op(lab, T))
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("T", [1, 8, 16, 32], ids="T{}".format)
+def bench_linear(race, contender, T):
+    race("linear", {"T": T}, contender, lambda lab: linear(lab, T))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

@@ -245,7 +245,7 @@ def _env(args: argparse.Namespace) -> None:
     import torch
     from torch.utils import collect_env
 
-    from memkernel import ops
+    from memkernel import native, ops
     from memkernel.engine import choose
 
     device, dtype, chosen = choose(args.device, args.dtype)
@@ -253,6 +253,7 @@ def _env(args: argparse.Namespace) -> None:
     facts["chosen"] = chosen or "as asked"
     names = [name for name, op in vars(ops).items() if isinstance(op, torch._ops.OpOverload)]
     has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, device.type.upper()
-    plain = "reference (plain PyTorch), no native kernel in this version"
-    facts["ops"] = {name: f"{key} kernel" if has_kernel(f"memkernel::{name}", key) else plain for name in names}
+    facts["cpu kernels"] = f"{native.isa()}, of {', '.join(native.isas())}" if native.isas() else native.WHY_NOT
+    native_names = [name for name in names if has_kernel(f"memkernel::{name}", key)]
+    facts["ops"] = {name: f"{key} kernel" if name in native_names else "reference (plain PyTorch)" for name in names}
     report(facts | {"environment": collect_env.get_pretty_env_info()}, args.json)

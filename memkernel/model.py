@@ -30,12 +30,12 @@ class Linear:
     down: Tensor | None = None  # [R, in]
     up: Tensor | None = None  # [out, R]
 
-    def read(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def read(self, x: Tensor, ops) -> Tensor:
+        return ops.linear(x, self.weight)
 
-    def write(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
-        return y if self.down is None else y + F.linear(F.linear(x, self.down), self.up)
+    def write(self, x: Tensor, ops) -> Tensor:
+        y = ops.linear(x, self.weight)
+        return y if self.down is None else y + ops.linear(ops.linear(x, self.down), self.up)
 
     def rows(self, begin: int, end: int) -> "Linear":
         """The projection onto outputs begin..end-1, sharing storage."""
@@ -109,18 +109,18 @@ class Llama:
         h = ops.rms_norm(x, self.layers[0].input_norm, eps)
         for i, layer in enumerate(self.layers):
             key, value = cache.key[i, :, :seen], cache.value[i, :, :seen]
-            q, k, v = self._heads(layer.qkv.read(h)).split([config.num_heads, *[config.num_kv_heads] * 2], dim=2)
+            q, k, v = self._heads(layer.qkv.read(h, ops)).split([config.num_heads, *[config.num_kv_heads] * 2], dim=2)
             q = ops.rope_write_(key, value, q, k, v, cos, sin, cache.start, offset)
             attended = ops.memory_attention(q, *self._memory_rows(memory, i), key, value, cache.start)
-            h = ops.add_rms_norm_(x, layer.o.read(attended.flatten(2)), layer.post_norm, eps)
-            mlp = layer.down.read(ops.swiglu(layer.gate_up.read(h)))
+            h = ops.add_rms_norm_(x, layer.o.read(attended.flatten(2), ops), layer.post_norm, eps)
+            mlp = layer.down.read(ops.swiglu(layer.gate_up.read(h, ops)), ops)
             following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
             h = ops.add_rms_norm_(x, mlp, following, eps)
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] after the final norm -> [..., V] float32."""
-        return F.linear(hidden, self.head).float()
+        return self.ops.linear(hidden, self.head).float()
 
     def new_cache(self, batch: int, capacity: int, memory: Memory | None) -> SequenceCache:
         """A cache for `capacity` text rows of `batch` sequences, bos in place if the memory is read."""
@@ -137,7 +137,7 @@ class Llama:
         """Hidden rows [..., E] of layer `index` -> the un-rotated keys and values [..., G, D] that readers see."""
         layer, split = self.layers[index], self.config.num_heads * self.config.head_size
         normed = self.ops.rms_norm(hidden, layer.input_norm, self.config.norm_eps)
-        rows = self._heads(F.linear(normed, layer.qkv.weight[split:]))
+        rows = self._heads(self.ops.linear(normed, layer.qkv.weight[split:]))
         return rows[..., : self.config.num_kv_heads, :], rows[..., self.config.num_kv_heads :, :]
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -176,16 +176,16 @@ class Llama:
         normed = ops.rms_norm(rows, layer.input_norm, eps)
         if bos_rows:
             normed = torch.cat([ops.rms_norm(self.bos[index], layer.input_norm, eps)[None, None], normed], dim=1)
-        q = self._heads(layer.qkv.rows(0, split).write(normed[:, -queries:]))
-        k, v = self._heads(layer.qkv.rows(split, None).write(normed)).chunk(2, dim=2)
+        q = self._heads(layer.qkv.rows(0, split).write(normed[:, -queries:], ops))
+        k, v = self._heads(layer.qkv.rows(split, None).write(normed, ops)).chunk(2, dim=2)
         key, value = torch.empty_like(k), torch.empty_like(v)
         start = torch.zeros(1, dtype=torch.int32, device=rows.device)
         q = ops.rope_write_(key, value, q, k, v, *self._rotations(bos_rows + S), start, 0)
         nothing = self.no_memory
         attended = ops.memory_attention(q, nothing, nothing, key, value, start + (bos_rows + S - queries))
         out = rows[:, -queries:]
-        h = ops.add_rms_norm_(out, layer.o.write(attended.flatten(2)), layer.post_norm, eps)
-        return out.add_(layer.down.write(ops.swiglu(layer.gate_up.write(h))))
+        h = ops.add_rms_norm_(out, layer.o.write(attended.flatten(2), ops), layer.post_norm, eps)
+        return out.add_(layer.down.write(ops.swiglu(layer.gate_up.write(h, ops)), ops))
 
     # -- shared -------------------------------------------------------------------------------------------------------
 

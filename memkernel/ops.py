@@ -1,7 +1,8 @@
 """The public ops, registered once in the `memkernel` torch library under the names and signatures of `reference`.
 
 PyTorch's dispatcher picks the implementation by the tensors' device. The reference is registered for every device; a
-kernel registered under a device's own key (CPU, CUDA) takes precedence there. `torch.ops.memkernel.<name>` and the
+kernel registered under a device's own key (CPU: csrc/bindings.cpp) takes precedence there, and hands calls that it does
+not cover, such as float64, to `memkernel_reference::<name>`. `torch.ops.memkernel.<name>` and the
 functions here are the same ops: torch.compile traces them, and other serving stacks can embed them. They are for
 inference: gradients go through `memkernel.reference`.
 
@@ -11,16 +12,19 @@ Argument shapes, dtypes and what is written: see the function of the same name i
 import torch
 from torch import Tensor
 
-from memkernel import reference
+from memkernel import native, reference  # noqa: F401 - native registers its kernels
 
-LIBRARY = torch.library.Library("memkernel", "DEF")  # unregisters when collected: must live as long as the module
+# A library unregisters when collected: these must live as long as the module.
+LIBRARY = torch.library.Library("memkernel", "DEF")
+FALLBACK = torch.library.Library("memkernel_reference", "DEF")
 
 
 def _register(name: str, fake, writes: tuple[str, ...] = ()):
     """Define memkernel::`name` from the reference's signature; `fake` gives the outputs' shapes and dtypes."""
     function = getattr(reference, name)
-    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=writes))
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    for library in (LIBRARY, FALLBACK):
+        library.define(name + torch.library.infer_schema(function, mutates_args=writes))
+        library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memkernel::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.memkernel, name).default
 
@@ -46,3 +50,4 @@ draw_ranks = _register(
     lambda state, layers, rows, count, shared: state.new_empty(layers, count, dtype=torch.int32),
 )
 memory_write_ = _register("memory_write_", lambda pools, rank, rows, dropped: None, writes=("pools", "rank"))
+linear = _register("linear", lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))

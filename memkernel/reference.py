@@ -249,3 +249,12 @@ def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped
     for pool, new in zip(pools, rows, strict=True):
         pool[layer_L1, slot_LW] = new
     rank.copy_(closed_LM)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T.
+
+    Args: x [..., in]; weight [out, in], dtype of x. Returns [..., out], dtype of x.
+    """
+    expect("weight", weight, (-1, x.shape[-1]), x.dtype, x.device)
+    return F.linear(x, weight)

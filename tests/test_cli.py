@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import torch
 
-from memkernel import Engine, __version__, demo, memory_file, ops, tiny
+from memkernel import Engine, __version__, demo, memory_file, native, ops, tiny
 from memkernel.cli import main
 from memkernel.config import ModelConfig
 from memkernel.weights import expected_shapes
@@ -279,16 +279,22 @@ def test_env_says_what_was_chosen_and_what_runs(run, monkeypatch):
 
 def test_env_tells_a_native_kernel_from_the_reference(run, monkeypatch):
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "the environment")
-    before = json.loads(run("env", *CPU, "--json")[1])["ops"]["swiglu"]
-    if "reference" not in before:
-        pytest.skip("swiglu has a CPU kernel here")
-    library = torch.library.Library("memkernel", "IMPL")
-    library.impl("swiglu", lambda gate_up: gate_up, "CPU")
-    try:
-        assert json.loads(run("env", *CPU, "--json")[1])["ops"]["swiglu"] == "CPU kernel"
-    finally:
-        library._destroy()
-    assert json.loads(run("env", *CPU, "--json")[1])["ops"]["swiglu"] == before
+    facts = json.loads(run("env", *CPU, "--json")[1])
+    assert facts["cpu kernels"] == (native.WHY_NOT or f"{native.isa()}, of {', '.join(native.isas())}")
+    assert facts["ops"]["swiglu"] == ("CPU kernel" if native.isas() else "reference (plain PyTorch)")
+
+
+def test_without_the_extension_the_ops_are_the_reference():
+    script = """
+import sys
+sys.modules["memkernel._C"] = None
+import torch
+from memkernel import native, ops, reference
+x = torch.randn(3, 64)
+assert torch.equal(ops.swiglu(x), reference.swiglu(x)) and native.isas() == [] and native.isa() is None
+print(native.WHY_NOT)"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("the extension was not built")
 
 
 def test_a_closed_pipe_is_no_error(folder):

@@ -9,6 +9,7 @@ from memkernel import ops, reference
 NAMES = [
     "add_rms_norm_",
     "draw_ranks",
+    "linear",
     "memory_attention",
     "memory_write_",
     "rms_norm",
@@ -27,6 +28,7 @@ def arguments(name):
     return {
         "add_rms_norm_": (torch.randn(2, 16), torch.randn(2, 16), torch.rand(16), 1e-5),
         "draw_ranks": (torch.tensor([3, 4]), 2, 10, 3, False),
+        "linear": (torch.randn(2, 16), torch.randn(5, 16)),
         "memory_attention": (
             torch.randn(2, 3, 4, 16),
             *torch.randn(2, 1, 7, 2, 16),
@@ -62,11 +64,12 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dispatches_to_the_same_result_as_the_reference(name):
+    """To the rounding of a kernel where there is one; tests/test_native.py is about those."""
     mine, theirs = arguments(name), arguments(name)
     got, want = getattr(ops, name)(*mine), getattr(reference, name)(*theirs)
-    assert (got is None and want is None) or torch.equal(got, want)
-    for a, b in zip(tensors_of(mine), tensors_of(theirs), strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(tensors_of([got, *mine]), tensors_of([want, *theirs]), strict=True):
+        assert a.dtype == b.dtype and a.stride() == b.stride()
+        torch.testing.assert_close(a, b, rtol=1e-5 if a.is_floating_point() else 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
@@ -90,6 +93,7 @@ def test_every_reference_op_is_registered_and_no_other():
 def test_compiles_without_a_graph_break(name):
     """aot_eager functionalizes the in-place ops: results and writes must survive it."""
     op = getattr(ops, name)
+    torch._dynamo.reset()  # it compiles one function for 8 ops at most
     compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
     mine, theirs = arguments(name), arguments(name)
     got, want = compiled(*mine), op(*theirs)

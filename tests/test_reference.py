@@ -111,6 +111,12 @@ def test_norms_and_swiglu(dtype):
     assert_no_worse("swiglu", reference.swiglu(x), exact, gate * torch.sigmoid(gate) * up)
 
 
+def test_linear():
+    x, weight = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    want = (x[..., None, :] * weight).sum(-1)
+    torch.testing.assert_close(reference.linear(x, weight), want, rtol=1e-14, atol=1e-14)
+
+
 def rotated_by_hand(x, position, rope):
     """Each pair (i, i + D/2) is a complex number, turned by position times its frequency."""
     half = x.shape[-1] // 2

@@ -1,0 +1,344 @@
+// Attention over a shared memory and each sequence's own rows, in one pass over the keys (online softmax).
+//
+// The query rows of a (pool, key/value head), X = N * T * H/G of them for the pool's N sequences, see the same memory
+// rows. So a block of keys and values is packed once and multiplied with many query rows, ROWS at a time in registers.
+// A task takes some query rows, of one head or, where a head has few rows, of several, and a range of keys. Where the
+// keys of a query row are split over tasks, the partial results are combined in the order of the keys.
+#include <cstdlib>
+#include <new>
+
+#include "attention_tile.h"
+#include "kernels.h"
+
+namespace memkernel {
+namespace MEMKERNEL_ISA {
+namespace {
+
+constexpr int64_t TASK_ROWS = 256;    // about as many query rows, over all heads of a task
+constexpr int64_t FEW_ROWS = 48;      // up to here memory is the limit, and read more evenly in small blocks
+constexpr int64_t KEYS_OF_FEW = 64;   // in a block
+constexpr int64_t KEYS_OF_MANY = 256;
+constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
+constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
+static_assert(KEYS_OF_FEW % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
+
+struct Buffer {
+  float* data = nullptr;
+  int64_t size = 0;
+
+  ~Buffer() {
+    std::free(data);
+  }
+
+  float* reserve(int64_t floats) {
+    if (floats > size) {
+      std::free(data);
+      size = 0;
+      data = static_cast<float*>(std::aligned_alloc(64, round_up(floats, 16) * sizeof(float)));
+      if (!data) throw std::bad_alloc();
+      size = floats;
+    }
+    return data;
+  }
+};
+
+thread_local Buffer scratch_buffer;
+thread_local Buffer partial_buffer;
+
+// The keys and values that query rows [first, last) of a task see: row x sees those before seen(x).
+template <class Scalar>
+struct Segment {
+  const Scalar *key, *value;
+  int64_t key_row, value_row;
+  int64_t first, last;
+  int64_t keys;
+  int64_t seen_by_0, rows_of_token;
+
+  int64_t seen(int64_t x) const {
+    return min(keys, seen_by_0 + x / rows_of_token);
+  }
+};
+
+struct Task {
+  int64_t pool;
+  int64_t head, heads;  // first key/value head and their number
+  int64_t first, rows;  // query rows of each head
+};
+
+struct Scratch {
+  float *query, *key, *value;  // packed
+  float *score, *weight;       // of ROWS query rows to a block of keys
+  Softmax* softmax;            // the result so far, of all heads and rows
+  float* sum;                  // of weight * value, likewise
+};
+
+template <class Scalar>
+class Attention {
+ public:
+  Attention(const MemoryAttention& arguments, const Threads& threads) : a(arguments) {
+    Q = a.H / a.G;
+    N = a.B / a.P;
+    X = N * a.T * Q;
+    scale = 1.44269504f / __builtin_sqrtf(static_cast<float>(a.D));
+    words = a.D / PER_WORD<Scalar>;
+    columns = round_up(a.D, PANEL);
+    max_rows = ceil_div(X, ceil_div(X, TASK_ROWS));
+    row_blocks = ceil_div(X, max_rows);
+    max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
+    head_blocks = ceil_div(a.G, max_heads);
+    block_keys = max_rows > FEW_ROWS ? KEYS_OF_MANY : KEYS_OF_FEW;
+    splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
+    if (splits > 1) partials = partial_buffer.reserve(tasks() * splits * partial_size());
+  }
+
+  void run(const Threads& threads) {
+    const auto attend = [](void* self, int64_t i) { static_cast<Attention*>(self)->attend(i); };
+    const auto combine = [](void* self, int64_t i) { static_cast<Attention*>(self)->combine(i); };
+    threads.parallel(tasks() * splits, attend, this);
+    if (splits > 1) threads.parallel(tasks() * max_heads, combine, this);
+  }
+
+ private:
+  static constexpr int64_t weight_words = KEYS_OF_MANY / PER_WORD<Scalar>;  // of a query row, for a block of keys
+
+  const MemoryAttention& a;
+  int64_t Q, N, X;            // query heads of a key/value head, sequences of a pool, query rows of a key/value head
+  float scale;                // of scores, to exponents in base 2
+  int64_t words, columns;     // of a packed query row, of a row of sums
+  int64_t row_blocks, max_rows, head_blocks, max_heads;  // of the tasks
+  int64_t splits;             // of the keys of a task
+  int64_t block_keys;         // multiplied at a time
+  float* partials = nullptr;  // of each task, and of each of its splits
+
+  // The fewest splits that keep nine in ten threads busy, if all tasks take the same time.
+  static int64_t choose_splits(int64_t tasks, int64_t limit, int64_t threads) {
+    int64_t splits = 1;
+    while (splits < limit && 10 * tasks * splits < 9 * round_up(tasks * splits, threads)) splits++;
+    return splits;
+  }
+
+  int64_t tasks() const {
+    return a.P * head_blocks * row_blocks;
+  }
+
+  // Of a task's result: for each head and row the softmax, then for each head and row the weighted sum of values.
+  int64_t partial_size() const {
+    return max_heads * max_rows * (2 + columns);
+  }
+
+  Task task(int64_t i) const {
+    Task task;
+    task.first = i % row_blocks * max_rows;
+    task.rows = min(max_rows, X - task.first);
+    task.head = i / row_blocks % head_blocks * max_heads;
+    task.heads = min(max_heads, a.G - task.head);
+    task.pool = i / row_blocks / head_blocks;
+    return task;
+  }
+
+  const Scalar* query_row(const Task& task, int64_t head, int64_t x) const {
+    const int64_t b = task.pool * N + x / (a.T * Q);
+    const int64_t t = x / Q % a.T;
+    return at(a.query, b * a.query_B + t * a.query_T + (head * Q + x % Q) * a.D);
+  }
+
+  Scalar* out_row(const Task& task, int64_t head, int64_t x) const {
+    const int64_t bt = task.pool * N * a.T + x / Q;
+    return static_cast<Scalar*>(a.out) + (bt * a.H + head * Q + x % Q) * a.D;
+  }
+
+  static const Scalar* at(const void* data, int64_t offset) {
+    return static_cast<const Scalar*>(data) + offset;
+  }
+
+  Segment<Scalar> memory(const Task& task) const {
+    return {at(a.memory_key, task.pool * a.memory_key_P),
+            at(a.memory_value, task.pool * a.memory_value_P),
+            a.memory_key_M,
+            a.memory_value_M,
+            task.first,
+            task.first + task.rows,
+            a.M,
+            a.M,
+            Q};
+  }
+
+  // The cache of sequence n of the pool, as far as the task's last query row of this sequence sees.
+  Segment<Scalar> own(const Task& task, int64_t n) const {
+    const int64_t b = task.pool * N + n;
+    const int64_t first = max(task.first, n * a.T * Q);
+    const int64_t last = min(task.first + task.rows, (n + 1) * a.T * Q);
+    const int64_t seen_by_0 = a.start[b] + 1 - n * a.T;
+    return {at(a.key, b * a.key_B),
+            at(a.value, b * a.value_B),
+            a.key_S,
+            a.value_S,
+            first,
+            last,
+            min(a.S, seen_by_0 + (last - 1) / Q),
+            seen_by_0,
+            Q};
+  }
+
+  void attend(int64_t i) {
+    const Task task = this->task(i / splits);
+    const int64_t heads_rows = max_heads * max_rows;
+    const int64_t query_size = heads_rows * round_up(words, LANES);
+    const int64_t key_size = words * KEYS_OF_MANY;
+    const int64_t value_size = columns * weight_words;
+    const int64_t tile_size = ROWS * (KEYS_OF_MANY + weight_words);
+    float* const buffer = scratch_buffer.reserve(query_size + key_size + value_size + tile_size + partial_size());
+    Scratch scratch;
+    scratch.query = buffer;
+    scratch.key = scratch.query + query_size;
+    scratch.value = scratch.key + key_size;
+    scratch.score = scratch.value + value_size;
+    scratch.weight = scratch.score + ROWS * KEYS_OF_MANY;
+    float* const partial = splits > 1 ? partials + i * partial_size() : scratch.weight + ROWS * weight_words;
+    scratch.softmax = reinterpret_cast<Softmax*>(partial);
+    scratch.sum = partial + 2 * heads_rows;
+    start(task, scratch);
+    attend_segments(task, i % splits, scratch);
+    if (splits > 1) return;
+    for (int64_t h = 0; h < task.heads; h++) write_head(task, h, partial);
+  }
+
+  void start(const Task& task, const Scratch& scratch) const {
+    for (int64_t h = 0; h < task.heads; h++) {
+      for (int64_t x = 0; x < task.rows; x++) {
+        const Scalar* const from = query_row(task, task.head + h, task.first + x);
+        const int64_t row = h * max_rows + x;
+        for (int64_t word = 0; word < words; word += LANES) {
+          store(scratch.query + row * round_up(words, LANES) + word,
+                load_words(from + word * PER_WORD<Scalar>, words - word));
+        }
+        scratch.softmax[row] = {NEVER, 0};
+        __builtin_memset(scratch.sum + row * columns, 0, columns * sizeof(float));
+      }
+    }
+  }
+
+  // The keys of a task in a row: the memory, then the own rows of each of its sequences. A split is a range of these.
+  void attend_segments(const Task& task, int64_t split, const Scratch& scratch) const {
+    const int64_t first_n = task.first / (a.T * Q);
+    const int64_t last_n = (task.first + task.rows - 1) / (a.T * Q);
+    int64_t total = a.M;
+    for (int64_t n = first_n; n <= last_n; n++) total += own(task, n).keys;
+    const int64_t begin = total * split / splits;
+    const int64_t end = total * (split + 1) / splits;
+    int64_t offset = 0;
+    for (int64_t n = first_n - 1; n <= last_n; n++) {
+      const Segment<Scalar> segment = n < first_n ? memory(task) : own(task, n);
+      const int64_t last = min(end - offset, segment.keys);
+      for (int64_t key = max(begin - offset, 0); key < last; key += block_keys) {
+        const int64_t keys = min(block_keys, last - key);
+        for (int64_t h = 0; h < task.heads; h++) attend_block(task, h, segment, key, keys, scratch);
+      }
+      offset += segment.keys;
+    }
+  }
+
+  void attend_block(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,
+                    const Scratch& scratch) const {
+    const auto rows_of = [&](const Scalar* from, int64_t row) {
+      return Rows<Scalar>{from + key * row + (task.head + h) * a.D, row, keys, words};
+    };
+    const Rows<Scalar> key_rows = rows_of(segment.key, segment.key_row);
+    const Rows<Scalar> value_rows = rows_of(segment.value, segment.value_row);
+    pack_keys(key_rows, scratch.key);
+    pack_values(value_rows, scratch.value);
+    const bool last_head = h + 1 == task.heads;
+    Prefetch next_keys = after(key_rows, last_head ? block_keys : 0, last_head ? -h : 1);
+    Prefetch next_values = after(value_rows, last_head ? block_keys : 0, last_head ? -h : 1);
+    for (int64_t x = segment.first; x < segment.last; x += ROWS) {
+      const int64_t rows = min(ROWS, segment.last - x);
+      if (segment.seen(x + rows - 1) <= key) continue;
+      attend_tile(segment, x, rows, key, keys, h * max_rows + x - task.first, scratch, next_keys, next_values);
+    }
+  }
+
+  // The rows as many rows and heads further on.
+  Prefetch after(const Rows<Scalar>& rows, int64_t further_rows, int64_t further_heads) const {
+    const int64_t numbers = further_rows * rows.row + further_heads * a.D;
+    Prefetch prefetch;
+    prefetch.row = reinterpret_cast<const char*>(rows.from) + numbers * int64_t(sizeof(Scalar));
+    prefetch.row_bytes = rows.row * sizeof(Scalar);
+    prefetch.row_lines = ceil_div(a.D * sizeof(Scalar), LINE);
+    prefetch.lines = rows.rows * prefetch.row_lines;
+    return prefetch;
+  }
+
+  void attend_tile(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
+                   const Scratch& scratch, Prefetch& next_keys, Prefetch& next_values) const {
+    const int64_t query_words = round_up(words, LANES);
+    const int64_t padded_keys = round_up(keys, PANEL);
+    const int64_t steps = padded_keys / PER_WORD<Scalar>;
+    for (int64_t k = 0; k < padded_keys; k += PANEL) {
+      for (int64_t word = 0; word < words; word += SUM_STEPS) {
+        multiply<Scalar>(rows, {scratch.query + row * query_words + word, query_words,
+                                scratch.key + k * words + word * PANEL, min(SUM_STEPS, words - word),
+                                scratch.score + k, KEYS_OF_MANY, word ? ONES : nullptr, &next_keys});
+      }
+    }
+    float rescale[ROWS];
+    for (int64_t r = 0; r < rows; r++) {
+      float* const score = scratch.score + r * KEYS_OF_MANY;
+      const int64_t seen = max(0, min(keys, segment.seen(x + r) - key));
+      for (int64_t k = seen; k < padded_keys; k++) score[k] = -__builtin_inff();
+      float* const weight = scratch.weight + r * weight_words;
+      rescale[r] = soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], weight);
+    }
+    for (int64_t c = 0; c < columns; c += PANEL) {
+      multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
+                              scratch.sum + row * columns + c, columns, rescale, &next_values});
+    }
+  }
+
+  void combine(int64_t i) {
+    const int64_t h = i % max_heads;
+    const Task task = this->task(i / max_heads);
+    if (h < task.heads) write_head(task, h, partials + i / max_heads * splits * partial_size());
+  }
+
+  // Adds the splits' results to the first one's, and writes it.
+  void write_head(const Task& task, int64_t h, float* partial) const {
+    for (int64_t x = 0; x < task.rows; x++) {
+      const int64_t row = h * max_rows + x;
+      Softmax& softmax = reinterpret_cast<Softmax*>(partial)[row];
+      float* const sum = partial + 2 * max_heads * max_rows + row * columns;
+      for (int64_t split = 1; split < splits; split++) {
+        const float* const other = partial + split * partial_size();
+        merge(softmax, sum, reinterpret_cast<const Softmax*>(other)[row], sum + split * partial_size());
+      }
+      Scalar* const to = out_row(task, task.head + h, task.first + x);
+      for (int64_t d = 0; d < a.D; d += LANES) {
+        const f32x out = load(sum + d) / softmax.sum;
+        a.D - d < LANES ? store_first(to + d, out, a.D - d) : store(to + d, out);
+      }
+    }
+  }
+
+  void merge(Softmax& into, float* sum, const Softmax& from, const float* from_sum) const {
+    const float largest = into.max > from.max ? into.max : from.max;
+    const float scale_into = exp2(broadcast(into.max - largest))[0];
+    const float scale_from = exp2(broadcast(from.max - largest))[0];
+    into = {largest, into.sum * scale_into + from.sum * scale_from};
+    for (int64_t d = 0; d < columns; d += LANES) {
+      store(sum + d, load(sum + d) * scale_into + load(from_sum + d) * scale_from);
+    }
+  }
+};
+
+}  // namespace
+
+void memory_attention(const MemoryAttention& arguments, const Threads& threads) {
+  if (arguments.B * arguments.T == 0) return;
+  if (arguments.dtype == DType::float32) {
+    Attention<float>(arguments, threads).run(threads);
+  } else {
+    Attention<bf16>(arguments, threads).run(threads);
+  }
+}
+
+}  // namespace MEMKERNEL_ISA
+}  // namespace memkernel

@@ -1,0 +1,35 @@
+"""The CPU kernels: the extension `memkernel._C`, built from csrc/ on installation. Importing it registers them.
+
+It is optional: without it the same ops run as plain PyTorch (`memkernel.reference`).
+"""
+
+from importlib.util import find_spec
+
+import torch  # noqa: F401 - loads the libraries that the extension is linked to
+
+WHY_NOT = None  # why there are no kernels
+try:
+    from memkernel import _C
+except ImportError as error:
+    _C = None
+    if find_spec("memkernel._C"):
+        WHY_NOT = f"the extension failed to load: {error}"
+    else:
+        WHY_NOT = "the extension was not built when memkernel was installed; `pip install -v` shows why"
+
+
+def isas() -> list[str]:
+    """The instruction sets that kernels exist for on this machine, slowest first; none without the extension."""
+    return _C.isas() if _C else []
+
+
+def isa() -> str | None:
+    """The instruction set in use, at first the last of `isas()`."""
+    return _C.isa() if _C else None
+
+
+def set_isa(name: str) -> None:
+    """Use the kernels for another of `isas()`, in the whole process: for tests and comparisons."""
+    if name not in isas():
+        raise ValueError(f"isa: expected one of {isas()}, got {name!r}")
+    _C.set_isa(name)
