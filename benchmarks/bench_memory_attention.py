@@ -34,21 +34,19 @@ def attention_inputs(lab: Lab, T: int, past: int, B: int) -> list[AttentionInput
 
 def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
     layers = attention_inputs(lab, T, past, B)
-    checked = sorted({0, T - 1, *torch.linspace(0, T - 1, CHECKED).long().tolist()})
+    step = max(1, (T - 1) // (CHECKED - 1))
+    checked = torch.arange(0, T, step)
 
     def truth(x: AttentionInputs) -> torch.Tensor:
         """In float64, the checked queries as sequences of one token each: [B, checked, H, D]."""
-        query = x.query[:, checked].flatten(0, 1).unsqueeze(1).double()
+        query = x.query[:, ::step].flatten(0, 1).unsqueeze(1).double()
         pools = (x.memory_key.double(), x.memory_value.double())
         own = (rows.double().repeat_interleave(len(checked), dim=0) for rows in (x.key, x.value))
-        start = (x.start[:, None] + torch.tensor(checked, dtype=torch.int32, device=lab.device)).flatten()
+        start = (x.start[:, None] + checked.to(x.start)).flatten()
         return reference.memory_attention(query, *pools, *own, start).unflatten(0, (B, -1)).squeeze(2)
 
     def contender(calls) -> Contender:
-        return Contender(
-            call=lambda: [call() for call in calls],
-            output=lambda: [call()[:, checked] for call in calls],
-        )
+        return Contender(lambda: [call()[:, ::step] for call in calls])
 
     def with_ops(namespace):
         return contender(
@@ -71,8 +69,10 @@ def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
     unavailable = {}
     if not on_gpu:
         unavailable["sdpa-cudnn"] = "cuDNN needs CUDA"
-        if lab.shape == "tiny":
-            unavailable["flex"] = "compiling it takes longer than a smoke test may"
+        if lab.shape == "tiny" or (T, B) not in ((64, 1), (1, 1)):
+            unavailable["flex"] = (
+                "on a CPU compiled for T 64 and for one query only: compiling takes longer than timing"
+            )
     return Case(
         builders=builders,
         truth=[truth(x) for x in layers],
@@ -84,7 +84,7 @@ def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("T", [16, 64, 512, 2048], ids="T{}".format)
+@pytest.mark.parametrize("T", [64, 512], ids="T{}".format)
 def bench_attention_prefill(race, contender, T):
     race("attention, prefill", {"T": T}, contender, lambda lab: attention_case(lab, T, past=1, B=1))
 

@@ -24,7 +24,7 @@ def memory_file_case(lab: Lab, job: str) -> Case:
         save_file({"memory": pool}, theirs)
 
     def load_pool() -> Tensor:
-        return load_file(theirs, device=str(lab.device))["memory"]
+        return load_file(theirs, device=str(lab.device))["memory"].clone()  # else the file would be mapped, not read
 
     def saved() -> list[Tensor]:
         memory.save(ours)

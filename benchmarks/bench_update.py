@@ -44,25 +44,25 @@ def update_case(lab: Lab, T: int) -> Case:
             for chunk in chunks:
                 rival.update(chunk)
 
-        return Contender(call=call, output=truth)
+        def output() -> list[Tensor]:
+            checked = lab.published()
+            for chunk, ranks in zip(chunks, dropped, strict=True):
+                checked.update(chunk, ranks)
+            rows = [lab.engine.model.project(i, hidden) for i, hidden in enumerate(checked.memory)]
+            return by_age(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
-    def truth() -> list[Tensor]:
-        checked = lab.published()
-        for chunk, ranks in zip(chunks, dropped, strict=True):
-            checked.update(chunk, ranks)
-        rows = [lab.engine.model.project(i, hidden) for i, hidden in enumerate(checked.memory)]
-        return by_age(*(torch.stack(part) for part in zip(*rows, strict=True)))
+        return Contender(call, output)
 
     work = Work()
     for chunk in chunks:
         work = work + lab.least.inject(len(chunk)) + lab.least.write(config.memory_rows)
     return Case(
         builders={
+            "published": published,
             "memkernel": lambda: engine_contender(lab.engine),
             "reference": lambda: engine_contender(lab.reference),
-            "published": published,
         },
-        truth=truth(),
+        truth="published",
         bound=MODEL_BOUND[lab.dtype],
         work=work,
     )
@@ -81,23 +81,24 @@ def write_case(lab: Lab, M: int) -> Case:
     shape = (config.num_kv_heads, config.head_size)
     state = torch.tensor([7, 3], device=lab.device)
     narrow = lab.random(L, M, CHECKED_WIDTH), lab.random(L, W, CHECKED_WIDTH, seed=1)
+    oldest_first = torch.arange(M, dtype=torch.int32, device=lab.device).repeat(L, 1)
     dropped = reference.draw_ranks(state, L, M, W, False)
 
     def with_ops(namespace) -> Contender:
         pools = [lab.random(L, M, *shape, seed=i) for i in (2, 3)]
         rows = [lab.random(L, W, *shape, seed=i) for i in (4, 5)]
-        rank = torch.arange(M, dtype=torch.int32, device=lab.device).repeat(L, 1)
+        rank = oldest_first.clone()
 
         def call() -> None:
             namespace.memory_write_(pools, rank, rows, namespace.draw_ranks(state, L, M, W, False))
 
         def output() -> list[Tensor]:
-            pool, ranks = narrow[0].clone(), rank.clone()
+            pool, ranks = narrow[0].clone(), oldest_first.clone()
             namespace.memory_write_([pool], ranks, [narrow[1]], namespace.draw_ranks(state, L, M, W, False))
             order = ranks.long().argsort(1)[..., None].expand(-1, -1, CHECKED_WIDTH)
             return [pool.gather(1, order)]
 
-        return Contender(call=call, output=output)
+        return Contender(call, output)
 
     def published() -> Contender:
         rival = lab.published()

@@ -19,21 +19,24 @@ from memkernel.config import ModelConfig
 from memkernel.engine import Engine
 
 # Relative Frobenius error up to which outputs agree, per dtype: of one op against float64, of a whole forward against
-# the published data flow in the same dtype, where roundings of every layer add up.
-OP_BOUND = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 1e-3}
-MODEL_BOUND = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 8e-3}
+# the published data flow in the same dtype. There roundings of every layer add up: in bfloat16 the published data flow
+# and ours each differ by 3.5% from the former in float32 (1b shape, 16 tokens); without 16 of the 12,800 memory rows
+# the difference is 8%.
+OP_BOUND = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+MODEL_BOUND = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
 @dataclass
 class Case:
-    """One workload at one size: how to make each contender (the first is ours), the truth, and the least work."""
+    """One workload at one size: how to make each contender, the truth, and the least work."""
 
     builders: dict[str, Callable[[], Contender]]
-    truth: list[Tensor]
+    truth: list[Tensor] | str  # or the contender whose output is the truth; it must come first
     bound: float
     work: Work
     unavailable: dict[str, str] = field(default_factory=dict)  # contender -> why it does not run here
     cold: bool = False  # evict the caches before each call: for work that would fit into them
+    once: bool = False  # a minute's work: neither profiled nor warmed up
     min_rounds: int = 3
     budget: float = 2.0  # seconds of timing, if the least rounds take less
     holds: object = None  # what must live as long as the case: a temporary folder

@@ -3,12 +3,14 @@
 import json
 import platform
 import statistics
+import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 from benchmarks.lab import Case, Lab
 from benchmarks.timing import Contender, commit, footprint, machine, relative_error
@@ -81,7 +83,7 @@ class Session:
         return entry
 
     def _run(self, group: str, workload: str, parameters: dict, case: Case) -> dict[str, Entry]:
-        entries, ready = {}, {}
+        entries, ready, first, truth = {}, {}, {}, case.truth
         for name, builder in case.builders.items():
             entry = entries[name] = Entry(group, {"workload": workload, **parameters, "contender": name} | self.common)
             if name in case.unavailable:
@@ -89,29 +91,44 @@ class Session:
                 continue
             try:
                 contender = builder()
-                contender.before()
-                error = relative_error(contender.output(), case.truth)
-                use = footprint(contender, self.lab.device)  # warms it up, too
+                output, first[name], use = self._first_calls(contender, case.once)
+                truth = output if name == case.truth else truth
+                error = relative_error(output, truth)
             except Exception as failure:  # a rival that breaks is named in its row, and the others go on
                 entry.row["refused" if name == OURS else "unavailable"] = f"{type(failure).__name__}: {failure}"[:500]
                 continue
             entry.row |= {"error": error, "error_bound": case.bound}
             if error <= case.bound:
                 ready[name] = contender
-                entry.row |= {"allocations": use.allocations, "peak_bytes": use.peak_bytes}
-                entry.row |= {"kernel_s": use.kernel_seconds} if use.kernel_seconds is not None else {}
+                entry.row |= use
                 entry.row |= {"configuration": contender.configuration} if contender.configuration else {}
             else:
                 entry.row["refused"] = (
                     f"its output differs by {error:.1e} from the truth, the bound is {case.bound:.0e}"
                 )
         if self.lab.timed and ready:
-            self._time(entries, ready, case)
+            self._time(entries, ready, first, case)
         return entries
 
-    def _time(self, entries: dict[str, Entry], ready: dict[str, Contender], case: Case) -> None:
-        budget, min_rounds = (0.0, 1) if self.lab.shape == "tiny" else (case.budget, case.min_rounds)
-        samples = self.lab.clock.interleaved(ready, case.cold, budget, min_rounds)
+    def _first_calls(self, contender: Contender, once: bool) -> tuple[list[Tensor], float, dict]:
+        """What is compared with the truth, the seconds of the first call, which is a warm-up, and what it took."""
+        use, seconds, row = None, float("inf"), {}
+        if not once:
+            contender.before()
+            began = time.perf_counter()
+            use = footprint(contender, self.lab.device)
+            seconds = time.perf_counter() - began
+            row = {"allocations": use.allocations, "peak_bytes": use.peak_bytes}
+            row |= {"kernel_s": use.kernel_seconds} if use.kernel_seconds is not None else {}
+        contender.before()
+        return (contender.output() if contender.output else use.result), seconds, row
+
+    def _time(
+        self, entries: dict[str, Entry], ready: dict[str, Contender], first: dict[str, float], case: Case
+    ) -> None:
+        brief = case.once or self.lab.shape == "tiny"
+        budget, min_rounds = (0.0, 1) if brief else (case.budget, case.min_rounds)
+        samples = self.lab.clock.interleaved(ready, first, case.cold, budget, min_rounds)
         least, bound_by = self.lab.ceilings.seconds(case.work)
         for name, taken in samples.items():
             low, median, high = quantiles(taken.wall)

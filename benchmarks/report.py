@@ -59,8 +59,8 @@ def cells(row: dict) -> list[str]:
         on_device,
         bound,
         f"{row['ratio']:.2f}" if "ratio" in row else "",
-        megabytes(row["peak_bytes"]),
-        str(row["allocations"]),
+        megabytes(row["peak_bytes"]) if "peak_bytes" in row else "",
+        str(row.get("allocations", "")),
         f"{row['error']:.0e}",
     ]
 

@@ -16,12 +16,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from memkernel.engine import Engine
 
+CACHES = ("StaticCache", "DynamicCache")
+
 
 class HuggingFace:
     """transformers' Llama on the engine's weights, with bos and the projected, rotated memory as a prefilled cache."""
 
     def __init__(self, raw: dict, engine: Engine):
         self.engine, config = engine, engine.config
+        self.prompt_caches = CACHES  # which of them are worth trying for a prompt
         model = engine.model
         rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
         if scaling := raw.get("rope_scaling"):
@@ -44,30 +47,35 @@ class HuggingFace:
         self.model.load_state_dict(_state_dict(model), strict=True, assign=True)
         self.model.model.rotary_emb = LlamaRotaryEmbedding(llama).to(model.embedding.device)
 
-    def memory_rows(self, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """Per layer the keys and values [batch, G, 1 + M, D] of bos and memory, in age order."""
+    def memory_rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Per layer the keys and values [1, G, 1 + M, D] of bos and memory, in age order."""
         model, memory = self.engine.model, self.engine.memory
         model.new_cache(1, 1, memory)  # brings the rotated keys up to date
         rows = []
         for i, slots in enumerate(memory.rank.long().argsort(1)):
             key = torch.cat([model.bos_key[i, None], memory.rotated_key[i][slots]])
             value = torch.cat([model.bos_value[i, None], memory.value[i][slots]])
-            rows.append(tuple(x.transpose(0, 1).expand(batch, -1, -1, -1).contiguous() for x in (key, value)))
+            rows.append(tuple(x.transpose(0, 1)[None].contiguous() for x in (key, value)))
         return rows
 
-    def cache(self, kind: str, batch: int, room: int) -> "DynamicCache | StaticCache":
-        """A cache that holds bos and the memory. DynamicCache grows by concatenation and needs no mask to decode;
-        StaticCache has `room` more rows, is written in place, and masks those that are not filled yet."""
-        rows = self.memory_rows(batch)
-        filled = rows[0][0].shape[2]
+    def cache(self, kind: str, batch: int, room: int, prompt: Tensor | None) -> "DynamicCache | StaticCache":
+        """A cache that holds bos, the memory and `prompt` [1, T] for each of `batch` sequences. DynamicCache grows by
+        concatenation and needs no mask to decode; StaticCache has `room` more rows, is written in place, and masks
+        those that are not filled yet."""
+        one = DynamicCache()
+        for i, (key, value) in enumerate(self.memory_rows()):
+            one.update(key, value, i)
+        if prompt is not None:
+            self.forward(prompt, one)
+        filled = one.get_seq_length()
         cache = DynamicCache() if kind == "DynamicCache" else StaticCache(self.model.config, filled + room)
-        for i, (key, value) in enumerate(rows):
-            cache.update(key, value, i)
+        for i, layer in enumerate(one.layers):
+            cache.update(*(rows.repeat(batch, 1, 1, 1) for rows in (layer.keys, layer.values)), i)
         return cache
 
     def forward(self, input_ids: Tensor, cache) -> Tensor:
-        """[B, T] ids after what the cache holds -> the last token's logits [B, V]."""
-        return self.model(input_ids, past_key_values=cache, logits_to_keep=1, use_cache=True).logits[:, -1]
+        """[B, T] ids after what the cache holds -> the last token's logits [B, 1, V]."""
+        return self.model(input_ids, past_key_values=cache, logits_to_keep=1, use_cache=True).logits
 
 
 def rewinder(cache: "DynamicCache | StaticCache") -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Ceilings of the machine, interleaved timing, and what one call allocates. Nothing here knows a workload."""
 
+import os
 import platform
 import statistics
 import subprocess
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import Work
 
 EVICTING_BYTES = 256 << 20  # several times the largest cache of the machines that we know
+ROUND = 0.2  # seconds up to which quick contenders repeat their call in a round that has slower ones
+PATIENCE = 8.0  # seconds of timing after which long calls need no further round: they average over noise themselves
 
 
 def nothing() -> None:
@@ -23,11 +27,11 @@ def nothing() -> None:
 
 @dataclass
 class Contender:
-    """One way to do the work. Only `call` is timed. `output` gives what is compared with the truth, through the same
-    code as `call`. `before` readies either."""
+    """One way to do the work. Only `call` is timed. What is compared with the truth is its result or, if given, that of
+    `output`, which goes through the same code. `before` readies either."""
 
     call: Callable[[], object]
-    output: Callable[[], list[Tensor]]
+    output: Callable[[], list[Tensor]] | None = None
     before: Callable[[], None] = nothing
     configuration: str | None = None  # where there were several to choose from
 
@@ -85,22 +89,27 @@ class Clock:
         return time.perf_counter() - began, self.began.elapsed_time(self.ended) / 1e3
 
     def interleaved(
-        self, contenders: dict[str, Contender], cold: bool, budget: float, min_rounds: int
+        self, contenders: dict[str, Contender], first: dict[str, float], cold: bool, budget: float, min_rounds: int
     ) -> dict[str, Samples]:
-        """Rounds A B A B, every other one backwards, until `budget` seconds are spent; each round calls the quick
-        contenders several times. Every contender must be warm."""
-        warm = {name: self.seconds(c.call, c.before, cold)[0] for name, c in contenders.items()}
-        slowest = max(warm.values())
-        calls = {name: min(20, max(1, round(min(slowest, 0.2) / seconds))) for name, seconds in warm.items()}
+        """Rounds A B A B, every other one backwards: `min_rounds`, unless they would take longer than PATIENCE seconds,
+        and more until `budget` seconds are spent. Each round calls the quick contenders several times. Every contender
+        has been called before, which took `first` seconds."""
+        warm = {
+            name: seconds if (seconds := first[name]) > ROUND else self.seconds(c.call, c.before, cold)[0]
+            for name, c in contenders.items()
+        }
+        fill = min(ROUND, max(warm.values()))
+        calls = {name: min(20, max(1, round(fill / seconds))) for name, seconds in warm.items()}
         samples = {name: Samples() for name in contenders}
-        began, rounds = time.perf_counter(), 0
-        while rounds < min_rounds or time.perf_counter() - began < budget:
+        began, rounds, spent = time.perf_counter(), 0, 0.0
+        while rounds == 0 or spent < budget or (rounds < min_rounds and spent < PATIENCE):
             rounds += 1
             for name in list(contenders)[:: 1 if rounds % 2 else -1]:
                 c = contenders[name]
                 walls, devices = zip(*(self.seconds(c.call, c.before, cold) for _ in range(calls[name])), strict=True)
                 samples[name].wall.append(statistics.median(walls))
                 samples[name].device.append(statistics.median(devices))
+            spent = time.perf_counter() - began
         return samples
 
 
@@ -128,8 +137,9 @@ def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype, tin
 @dataclass(frozen=True)
 class Footprint:
     """What one call takes: allocations, the most bytes held above what was there before, and on a GPU the sum of its
-    kernels' times."""
+    kernels' times; and what it returned."""
 
+    result: object
     allocations: int
     peak_bytes: int
     kernel_seconds: float | None
@@ -145,19 +155,19 @@ def footprint(contender: Contender, device: torch.device) -> Footprint:
         held, made = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["allocation.all.allocated"]
     with profile(activities=activities, profile_memory=device.type == "cpu") as profiler:
         result = contender.call()
-    del result
     if device.type == "cuda":
         torch.cuda.synchronize()
-        kernels = sum(event.self_device_time_total for event in profiler.key_averages())
+        events = (event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA)
+        kernels = sum(event.self_device_time_total for event in events)
         made = torch.cuda.memory_stats()["allocation.all.allocated"] - made
-        return Footprint(made, torch.cuda.max_memory_allocated() - held, kernels / 1e6)
+        return Footprint(result, made, torch.cuda.max_memory_allocated() - held, kernels / 1e6)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     peak = held = 0
     for change in changes:
         held += change
         peak = max(peak, held)
-    return Footprint(sum(change > 0 for change in changes), peak, None)
+    return Footprint(result, sum(change > 0 for change in changes), peak, None)
 
 
 def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
@@ -181,7 +191,10 @@ def machine(device: torch.device) -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """The commit of this tree, and whether tracked files differ from it, results and report aside."""
+    """The commit of this tree, and whether tracked files differ from it, results and report aside. A copy without .git
+    is what MEMKERNEL_COMMIT says that it is."""
+    if told := os.environ.get("MEMKERNEL_COMMIT"):
+        return told, False
     root = Path(__file__).parent
 
     def git(*words: str) -> str:

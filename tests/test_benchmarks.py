@@ -71,7 +71,7 @@ def test_rounds_take_turns_and_quick_contenders_are_called_more_often():
         "slow": Contender(lambda: spin("slow", 2_000_000), list),
         "quick": Contender(lambda: spin("quick", 200_000), list),
     }
-    samples = Clock(CPU).interleaved(contenders, cold=False, budget=0.0, min_rounds=4)
+    samples = Clock(CPU).interleaved(contenders, dict.fromkeys(contenders, 0.0), cold=False, budget=0.0, min_rounds=4)
     assert [len(taken.wall) for taken in samples.values()] == [4, 4]
     turns = re.sub(r"(\w)\1*", r"\1", "".join(name[0] for name in order[2:]))
     assert turns == "qsqsqs"[: len(turns)] or turns == "sqsqs"
