@@ -13,26 +13,22 @@ LARGEST_LOGITS = 1 << 29  # bytes of T x H x M logits up to which the reference 
 
 
 def huggingface(lab: Lab, input_ids: Tensor, prompt: Tensor | None = None) -> Contender:
-    """transformers with its quicker cache: the last token's logits of `input_ids` [B, T], after `prompt` [1, T']."""
-    rival, best = lab.huggingface, None
-    for kind in CACHES if prompt is not None else rival.prompt_caches:
-        cache = rival.cache(kind, *input_ids.shape, prompt)
-        contender = Contender(
-            call=lambda cache=cache: chosen(rival.forward(input_ids, cache)),
-            before=rewinder(cache),
-            configuration=kind,
-        )
-        del cache
-        seconds, _ = lab.clock.seconds(contender.call, contender.before)
-        if seconds < 1:  # the first call was a warm-up
-            seconds, _ = lab.clock.seconds(contender.call, contender.before)
-        if best is None or seconds < best[0]:
-            best = (seconds, contender)
-        del contender
-        lab.release()
-    if prompt is None and input_ids.shape[1] > 1:
-        rival.prompt_caches = (best[1].configuration,)  # the choice for a short prompt stands for the longer ones
-    return best[1]
+    """transformers with its quicker cache: the last token's logits of `input_ids` [B, T], after `prompt` [1, T']. The
+    choice is made for the first case of a kind (one token, more, decoding) and stands for its larger ones."""
+    rival, kind = lab.huggingface, (prompt is None, input_ids.shape[1] > 1)
+
+    def contender(name: str) -> Contender:
+        cache = rival.cache(name, *input_ids.shape, prompt)
+        call = lambda: chosen(rival.forward(input_ids, cache))  # noqa: E731
+        return Contender(call, before=rewinder(cache), configuration=name)
+
+    def seconds(name: str) -> float:
+        one = contender(name)
+        return min(lab.clock.seconds(one.call, one.before)[0] for _ in range(2))
+
+    if kind not in rival.quicker_cache:
+        rival.quicker_cache[kind] = min(CACHES, key=seconds)
+    return contender(rival.quicker_cache[kind])
 
 
 def chosen(logits: Tensor) -> list[Tensor]:

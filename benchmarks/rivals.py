@@ -24,7 +24,7 @@ class HuggingFace:
 
     def __init__(self, raw: dict, engine: Engine):
         self.engine, config = engine, engine.config
-        self.prompt_caches = CACHES  # which of them are worth trying for a prompt
+        self.quicker_cache: dict = {}  # by kind of case
         model = engine.model
         rope = {"rope_type": "default", "rope_theta": raw["rope_theta"]}
         if scaling := raw.get("rope_scaling"):
