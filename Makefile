@@ -9,7 +9,7 @@ SANITIZED := build/sanitized
 .PHONY: demo test lint benchmark report sanitize clean
 
 demo: $(VENV)/installed
-	$(BIN)/memkernel demo README.md NOTES.md CONTRIBUTING.md
+	$(BIN)/memkernel demo --dtype float32 README.md NOTES.md CONTRIBUTING.md
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

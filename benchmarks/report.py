@@ -50,7 +50,7 @@ def cells(row: dict) -> list[str]:
     reason = row.get("refused") or row.get("unavailable")
     if reason:
         return [name, ("refused: " if "refused" in row else "does not run: ") + " ".join(reason.split())[:100]]
-    on_device = f"{seconds(row['device_s'])} / {seconds(row['kernel_s'])}" if "device_s" in row else ""
+    on_device = " / ".join(seconds(row[name]) for name in ("device_s", "kernel_s") if name in row)
     bound = f"{row['share']:.0%} of {row['bound_by']}" if row["ceiling_s"] else ""
     return [
         name,

@@ -18,7 +18,7 @@ def moved(values, device, dtype=None):
         return [moved(value, device, dtype) for value in values]
     if not isinstance(values, torch.Tensor):
         return values
-    return values.to(device, dtype if dtype and values.is_floating_point() else None)
+    return values.to(device, dtype if dtype and values.is_floating_point() else None, copy=True)
 
 
 def cast(name, given, device, dtype):
