@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.lab import OP_BOUND, Case, Lab
-from benchmarks.shapes import Work
+from benchmarks.shapes import Work, projected
 from benchmarks.timing import Contender
 from memkernel.engine import Engine
 
@@ -63,8 +62,7 @@ def load_case(lab: Lab) -> Case:
 
     def copy_and_project() -> list[Tensor]:
         copied = {name: tensor.clone() for name, tensor in load_file(file, device=str(lab.device)).items()}
-        rows = [lab.reference.model.project(i, hidden) for i, hidden in enumerate(copied["memory"])]
-        return [*(torch.stack(part) for part in zip(*rows, strict=True)), copied["lm_head.weight"]]
+        return [*projected(lab.reference.model, copied["memory"]), copied["lm_head.weight"]]
 
     memory = lab.engine.memory
     return Case(

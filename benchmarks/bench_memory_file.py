@@ -5,12 +5,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.lab import Case, Lab
-from benchmarks.shapes import Work
+from benchmarks.shapes import Work, projected
 from benchmarks.timing import Contender
 
 
@@ -35,23 +34,21 @@ def memory_file_case(lab: Lab, job: str) -> Case:
         spare.load(ours)
         return [spare.key, spare.value]
 
-    def projected(pool: Tensor) -> list[Tensor]:
-        """Keys and values of the rival's hidden states."""
-        rows = [model.project(i, hidden) for i, hidden in enumerate(pool)]
-        return [torch.stack(part) for part in zip(*rows, strict=True)]
-
     def pool_saved() -> list[Tensor]:
         save_pool()
-        return projected(load_pool())
+        return projected(model, load_pool())
 
     memory.save(ours)
     save_pool()
     jobs = {
         "save": (Contender(lambda: memory.save(ours), saved), Contender(save_pool, pool_saved)),
-        "load": (Contender(lambda: spare.load(ours), loaded), Contender(load_pool, lambda: projected(load_pool()))),
+        "load": (
+            Contender(lambda: spare.load(ours), loaded),
+            Contender(load_pool, lambda: projected(model, load_pool())),
+        ),
         "fork": (
             Contender(memory.fork, lambda: [(fork := memory.fork()).key, fork.value]),
-            Contender(pool.clone, lambda: projected(pool.clone())),
+            Contender(pool.clone, lambda: projected(model, pool.clone())),
         ),
     }
     file_bytes = ours.stat().st_size

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lab import MODEL_BOUND, Case, Lab
-from benchmarks.shapes import Work
+from benchmarks.shapes import Work, projected
 from benchmarks.timing import Contender
 from memkernel import ops, reference
 from memkernel.engine import CHUNK_TOKENS, Engine
@@ -48,8 +48,7 @@ def update_case(lab: Lab, T: int) -> Case:
             checked = lab.published()
             for chunk, ranks in zip(chunks, dropped, strict=True):
                 checked.update(chunk, ranks)
-            rows = [lab.engine.model.project(i, hidden) for i, hidden in enumerate(checked.memory)]
-            return by_age(*(torch.stack(part) for part in zip(*rows, strict=True)))
+            return by_age(*projected(lab.engine.model, checked.memory))
 
         return Contender(call, output)
 

@@ -36,7 +36,6 @@ class Case:
     unavailable: dict[str, str] = field(default_factory=dict)  # contender -> why it does not run here
     cold: bool = False  # evict the caches before each call: for work that would fit into them
     once: bool = False  # a minute's work: neither profiled nor warmed up
-    min_rounds: int = 3
     budget: float = 2.0  # seconds of timing, if the least rounds take less
     holds: object = None  # what must live as long as the case: a temporary folder
 

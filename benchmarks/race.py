@@ -13,9 +13,10 @@ import transformers
 from torch import Tensor
 
 from benchmarks.lab import Case, Lab
+from benchmarks.report import OURS
 from benchmarks.timing import Contender, commit, footprint, machine, relative_error
 
-OURS = "memkernel"
+MIN_ROUNDS = 3
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Session:
         self, entries: dict[str, Entry], ready: dict[str, Contender], first: dict[str, float], case: Case
     ) -> None:
         brief = case.once or self.lab.shape == "tiny"
-        budget, min_rounds = (0.0, 1) if brief else (case.budget, case.min_rounds)
+        budget, min_rounds = (0.0, 1) if brief else (case.budget, MIN_ROUNDS)
         samples = self.lab.clock.interleaved(ready, first, case.cold, budget, min_rounds)
         least, bound_by = self.lab.ceilings.seconds(case.work)
         for name, taken in samples.items():

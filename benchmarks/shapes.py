@@ -111,12 +111,16 @@ def random_model(raw: dict, dtype: torch.dtype, device: torch.device) -> tuple[L
     return model, tensors
 
 
+def projected(model: Llama, hidden: Tensor) -> list[Tensor]:
+    """The un-rotated keys and values [L, M, G, D] of a pool of hidden states [L, M, E]."""
+    rows = [model.project(i, layer) for i, layer in enumerate(hidden)]
+    return [torch.stack(part) for part in zip(*rows, strict=True)]
+
+
 def filled_memory(model: Llama, hidden: Tensor) -> Memory:
     """A memory that holds the rows of `hidden` [L, M, E], oldest first."""
     memory = Memory(model.config, "benchmark", model.ops, hidden.dtype, hidden.device)
-    rows = [model.project(i, hidden[i]) for i in range(model.config.num_layers)]
-    key, value = (torch.stack(part) for part in zip(*rows, strict=True))
-    memory.write(Delta(key, value, hidden))
+    memory.write(Delta(*projected(model, hidden), hidden))
     return memory
 
 
