@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "attention_few.h"
 #include "attention_tile.h"
 #include "kernels.h"
 
@@ -15,7 +16,7 @@ namespace MEMKERNEL_ISA {
 namespace {
 
 constexpr int64_t TASK_ROWS = 256;    // about as many query rows, over all heads of a task
-constexpr int64_t FEW_ROWS = 48;      // up to here memory is the limit, and read more evenly in small blocks
+constexpr int64_t FEW_ROWS = 48;      // up to here memory is read more evenly in small blocks
 constexpr int64_t KEYS_OF_FEW = 64;   // in a block
 constexpr int64_t KEYS_OF_MANY = 256;
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
@@ -86,6 +87,7 @@ class Attention {
     row_blocks = ceil_div(X, max_rows);
     max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
     head_blocks = ceil_div(a.G, max_heads);
+    packs = max_rows > ROWS || a.D % PANEL != 0 || words % LANES != 0;
     block_keys = max_rows > FEW_ROWS ? KEYS_OF_MANY : KEYS_OF_FEW;
     splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
     if (splits > 1) partials = partial_buffer.reserve(tasks() * splits * partial_size());
@@ -106,6 +108,7 @@ class Attention {
   float scale;                // of scores, to exponents in base 2
   int64_t words, columns;     // of a packed query row, of a row of sums
   int64_t row_blocks, max_rows, head_blocks, max_heads;  // of the tasks
+  bool packs;                 // a block's keys and values before they are multiplied
   int64_t splits;             // of the keys of a task
   int64_t block_keys;         // multiplied at a time
   float* partials = nullptr;  // of each task, and of each of its splits
@@ -232,19 +235,43 @@ class Attention {
       const int64_t last = min(end - offset, segment.keys);
       for (int64_t key = max(begin - offset, 0); key < last; key += block_keys) {
         const int64_t keys = min(block_keys, last - key);
-        for (int64_t h = 0; h < task.heads; h++) attend_block(task, h, segment, key, keys, scratch);
+        for (int64_t h = 0; h < task.heads; h++) {
+          packs ? attend_packed(task, h, segment, key, keys, scratch) : attend_few(task, h, segment, key, keys, scratch);
+        }
       }
       offset += segment.keys;
     }
   }
 
-  void attend_block(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,
-                    const Scratch& scratch) const {
-    const auto rows_of = [&](const Scalar* from, int64_t row) {
-      return Rows<Scalar>{from + key * row + (task.head + h) * a.D, row, keys, words};
-    };
-    const Rows<Scalar> key_rows = rows_of(segment.key, segment.key_row);
-    const Rows<Scalar> value_rows = rows_of(segment.value, segment.value_row);
+  Rows<Scalar> rows_of(const Scalar* from, int64_t row, int64_t head, int64_t key, int64_t keys) const {
+    return {from + key * row + head * a.D, row, keys, words};
+  }
+
+  // The segment's query rows, ROWS at most, as one tile.
+  void attend_few(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,
+                  const Scratch& scratch) const {
+    const int64_t rows = segment.last - segment.first;
+    if (segment.seen(segment.last - 1) <= key) return;
+    const Rows<Scalar> key_rows = rows_of(segment.key, segment.key_row, task.head + h, key, keys);
+    const Rows<Scalar> value_rows = rows_of(segment.value, segment.value_row, task.head + h, key, keys);
+    // While a head of this block is multiplied, its share of the next block's rows is fetched, whole rows of all heads.
+    const int64_t next = key + block_keys + h * keys / task.heads;
+    const char* next_keys = reinterpret_cast<const char*>(segment.key + next * segment.key_row);
+    const char* next_values = reinterpret_cast<const char*>(segment.value + next * segment.value_row);
+    const int64_t row = h * max_rows + segment.first - task.first;
+    const int64_t query_words = round_up(words, LANES);
+    run_rows<FewScores<Scalar>>(rows, {scratch.query + row * query_words, query_words, key_rows, scratch.score, KEYS_OF_MANY,
+                                  next_keys});
+    float rescale[ROWS];
+    soften_tile(segment, segment.first, rows, key, keys, row, scratch, rescale);
+    run_rows<FewSums<Scalar>>(rows, {scratch.weight, weight_words, value_rows, scratch.sum + row * columns, columns, rescale,
+                                next_values});
+  }
+
+  void attend_packed(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,
+                     const Scratch& scratch) const {
+    const Rows<Scalar> key_rows = rows_of(segment.key, segment.key_row, task.head + h, key, keys);
+    const Rows<Scalar> value_rows = rows_of(segment.value, segment.value_row, task.head + h, key, keys);
     pack_keys(key_rows, scratch.key);
     pack_values(value_rows, scratch.value);
     const bool last_head = h + 1 == task.heads;
@@ -281,16 +308,23 @@ class Attention {
       }
     }
     float rescale[ROWS];
+    soften_tile(segment, x, rows, key, keys, row, scratch, rescale);
+    for (int64_t c = 0; c < columns; c += PANEL) {
+      multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
+                              scratch.sum + row * columns + c, columns, rescale, &next_values});
+    }
+  }
+
+  // A tile's scores with a block of keys -> weights, and the factors of earlier sums.
+  void soften_tile(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
+                   const Scratch& scratch, float* rescale) const {
+    const int64_t padded_keys = round_up(keys, PANEL);
     for (int64_t r = 0; r < rows; r++) {
       float* const score = scratch.score + r * KEYS_OF_MANY;
       const int64_t seen = max(0, min(keys, segment.seen(x + r) - key));
       for (int64_t k = seen; k < padded_keys; k++) score[k] = -__builtin_inff();
       float* const weight = scratch.weight + r * weight_words;
       rescale[r] = soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], weight);
-    }
-    for (int64_t c = 0; c < columns; c += PANEL) {
-      multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
-                              scratch.sum + row * columns + c, columns, rescale, &next_values});
     }
   }
 

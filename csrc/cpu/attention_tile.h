@@ -23,8 +23,8 @@ inline f32x multiply_add(f32x a, f32x b, f32x sum) {
 
 // Words whose halves come from two rows, in the order of the columns.
 template <class Scalar>
-inline void store_columns(float* to, const f32x (&row)[PER_WORD<Scalar>]) {
-  store(to, row[0]);
+inline void interleave(const f32x (&row)[PER_WORD<Scalar>], f32x* to) {
+  to[0] = row[0];
 }
 
 #if defined(__AVX512BF16__)
@@ -37,11 +37,11 @@ inline f32x multiply_add<bf16>(f32x a, f32x b, f32x sum) {
 }
 
 template <>
-inline void store_columns<bf16>(float* to, const f32x (&row)[2]) {
+inline void interleave<bf16>(const f32x (&row)[2], f32x* to) {
   const i32x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int half = 0; half < 2; half++) {
     const i32x index = (lane + 16 * half) * 0x10001 + (32 << 16);
-    store(to + half * LANES, (f32x)_mm512_permutex2var_epi16((__m512i)row[0], (__m512i)index, (__m512i)row[1]));
+    to[half] = (f32x)_mm512_permutex2var_epi16((__m512i)row[0], (__m512i)index, (__m512i)row[1]);
   }
 }
 #endif
@@ -108,9 +108,11 @@ void pack_keys(const Rows<Scalar>& keys, float* to) {
 
 template <bool CHECKED, class Scalar>
 inline void pack_value_step(const Rows<Scalar>& values, int64_t step, int64_t word, float* to) {
-  f32x row[PER_WORD<Scalar>];
-  for (int i = 0; i < PER_WORD<Scalar>; i++) row[i] = values.template part<CHECKED>(step * PER_WORD<Scalar> + i, word);
-  store_columns<Scalar>(to, row);
+  constexpr int P = PER_WORD<Scalar>;
+  f32x row[P], columns[P];
+  for (int i = 0; i < P; i++) row[i] = values.template part<CHECKED>(step * P + i, word);
+  interleave<Scalar>(row, columns);
+  for (int i = 0; i < P; i++) store(to + i * LANES, columns[i]);
 }
 
 // Values as the right operand of weight * value: [panel of D][word of keys][PANEL].
