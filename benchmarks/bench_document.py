@@ -64,7 +64,7 @@ def document_case(lab: Lab) -> Case:
             "published": published,
             "memkernel": lambda: engine_contender(lab.engine),
         },
-        truth="published",
+        truth=("published",),
         bound=MODEL_BOUND[lab.dtype],
         work=sum([prompt, *steps], start=work),
         once=True,

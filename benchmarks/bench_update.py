@@ -10,8 +10,6 @@ from benchmarks.timing import Contender
 from memkernel import ops, reference
 from memkernel.engine import CHUNK_TOKENS, Engine
 
-CHECKED_WIDTH = 16  # numbers a row of the pools on which contenders' writes are compared bit for bit
-
 
 def update_case(lab: Lab, T: int) -> Case:
     config, document = lab.config, lab.ids(T)
@@ -61,7 +59,7 @@ def update_case(lab: Lab, T: int) -> Case:
             "memkernel": lambda: engine_contender(lab.engine),
             "reference": lambda: engine_contender(lab.reference),
         },
-        truth="published",
+        truth=("published", "reference"),
         bound=MODEL_BOUND[lab.dtype],
         work=work,
     )
@@ -76,41 +74,38 @@ def bench_update(race, contender, T):
 def write_case(lab: Lab, M: int) -> Case:
     """Draw W ranks a layer, forget those rows and write new ones, in pools of M rows."""
     config = lab.config
-    L, W = config.num_layers, config.write_rows
-    shape = (config.num_kv_heads, config.head_size)
+    L, W, shape = config.num_layers, config.write_rows, (config.num_kv_heads, config.head_size)
     state = torch.tensor([7, 3], device=lab.device)
-    narrow = lab.random(L, M, CHECKED_WIDTH), lab.random(L, W, CHECKED_WIDTH, seed=1)
+    pools, rows = ([lab.random(L, n, *shape, seed=seed + i) for i in (0, 1)] for n, seed in ((M, 2), (W, 4)))
     oldest_first = torch.arange(M, dtype=torch.int32, device=lab.device).repeat(L, 1)
     dropped = reference.draw_ranks(state, L, M, W, False)
 
-    def with_ops(namespace) -> Contender:
-        pools = [lab.random(L, M, *shape, seed=i) for i in (2, 3)]
-        rows = [lab.random(L, W, *shape, seed=i) for i in (4, 5)]
-        rank = oldest_first.clone()
+    def write(namespace, into: list[Tensor], rank: Tensor) -> None:
+        namespace.memory_write_(into, rank, rows, namespace.draw_ranks(state, L, M, W, False))
 
-        def call() -> None:
-            namespace.memory_write_(pools, rank, rows, namespace.draw_ranks(state, L, M, W, False))
+    def with_ops(namespace) -> Contender:
+        mine, rank = [pool.clone() for pool in pools], oldest_first.clone()
 
         def output() -> list[Tensor]:
-            pool, ranks = narrow[0].clone(), oldest_first.clone()
-            namespace.memory_write_([pool], ranks, [narrow[1]], namespace.draw_ranks(state, L, M, W, False))
-            order = ranks.long().argsort(1)[..., None].expand(-1, -1, CHECKED_WIDTH)
-            return [pool.gather(1, order)]
+            checked, ranks = [pool.clone() for pool in pools], oldest_first.clone()
+            write(namespace, checked, ranks)
+            slots, layer = ranks.long().argsort(1), torch.arange(L, device=lab.device)[:, None]
+            return [pool[layer, slots] for pool in checked]
 
-        return Contender(call, output)
+        return Contender(lambda: write(namespace, mine, rank), output)
 
     def published() -> Contender:
         rival = lab.published()
         rival.memory.data = lab.random(L, M, config.hidden_size)
         delta = lab.random(L, W, config.hidden_size, seed=1)
+        return Contender(call=lambda: rival.write(delta), output=kept_and_appended)
 
-        return Contender(call=lambda: rival.write(delta), output=lambda: [checked_by_published()])
-
-    def checked_by_published() -> Tensor:
+    def kept_and_appended() -> list[Tensor]:
+        """What the published code makes of the same rows; it holds one pool, of rows of any width."""
         checked = lab.published()
-        checked.memory.data = narrow[0].clone()
-        checked.write(narrow[1], dropped)
-        return checked.memory.data
+        checked.memory.data = torch.cat([pool.flatten(2) for pool in pools], dim=-1)
+        checked.write(torch.cat([new.flatten(2) for new in rows], dim=-1), dropped)
+        return [pool.unflatten(-1, shape) for pool in checked.memory.data.chunk(2, dim=-1)]
 
     return Case(
         builders={
@@ -118,7 +113,7 @@ def write_case(lab: Lab, M: int) -> Case:
             "reference": lambda: with_ops(reference),
             "published": published,
         },
-        truth=[checked_by_published()],
+        truth=kept_and_appended(),
         bound=0.0,
         work=lab.least.write(M),
         cold=True,

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.published import Published
 from benchmarks.rivals import HuggingFace
 from benchmarks.shapes import SHAPES, Least, Work, filled_memory, random_model
-from benchmarks.timing import Ceilings, Clock, Contender, measure_ceilings
+from benchmarks.timing import Ceilings, Clock, Contender, Gauge
 from memkernel import reference
 from memkernel.config import ModelConfig
 from memkernel.engine import Engine
@@ -30,7 +30,7 @@ class Case:
     """One workload at one size: how to make each contender, the truth, and the least work."""
 
     builders: dict[str, Callable[[], Contender]]
-    truth: list[Tensor] | str  # or the contender whose output is the truth; it must come first
+    truth: list[Tensor] | tuple[str, ...]  # or the contenders whose output is it, the first of them that runs
     bound: float
     work: Work
     unavailable: dict[str, str] = field(default_factory=dict)  # contender -> why it does not run here
@@ -55,8 +55,13 @@ class Lab:
         self.clock = Clock(device)
 
     @cached_property
+    def gauge(self) -> Gauge:
+        return Gauge(self.clock, self.device, self.dtype, tiny=self.shape == "tiny")
+
+    @cached_property
     def ceilings(self) -> Ceilings:
-        return measure_ceilings(self.clock, self.device, self.dtype, tiny=self.shape == "tiny")
+        """The best of the session's beginning; each round of a case has its own."""
+        return self.gauge(calls=8)
 
     @cached_property
     def _weights(self):

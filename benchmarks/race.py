@@ -4,6 +4,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -84,32 +85,44 @@ class Session:
         return entry
 
     def _run(self, group: str, workload: str, parameters: dict, case: Case) -> dict[str, Entry]:
-        entries, ready, first, truth = {}, {}, {}, case.truth
+        entries, built, outputs, first = {}, {}, {}, {}
         for name, builder in case.builders.items():
             entry = entries[name] = Entry(group, {"workload": workload, **parameters, "contender": name} | self.common)
             if name in case.unavailable:
                 entry.row["unavailable"] = case.unavailable[name]
                 continue
             try:
-                contender = builder()
-                output, first[name], use = self._first_calls(contender, case.once)
-                truth = output if name == case.truth else truth
-                error = relative_error(output, truth)
+                built[name] = builder()
+                outputs[name], first[name], use = self._first_calls(built[name], case.once)
             except Exception as failure:  # a rival that breaks is named in its row, and the others go on
-                entry.row["refused" if name == OURS else "unavailable"] = f"{type(failure).__name__}: {failure}"[:500]
+                self._breaks(entry, f"{type(failure).__name__}: {failure}")
                 continue
-            entry.row |= {"error": error, "error_bound": case.bound}
-            if error <= case.bound:
-                ready[name] = contender
-                entry.row |= use
-                entry.row |= {"configuration": contender.configuration} if contender.configuration else {}
-            else:
-                entry.row["refused"] = (
-                    f"its output differs by {error:.1e} from the truth, the bound is {case.bound:.0e}"
-                )
+            entry.row |= use
+        self._compare(entries, outputs, case)
+        ready = {name: built[name] for name in outputs if "refused" not in entries[name].row}
+        outputs.clear()
         if self.lab.timed and ready:
             self._time(entries, ready, first, case)
         return entries
+
+    def _breaks(self, entry: Entry, reason: str) -> None:
+        entry.row["refused" if entry.row["contender"] == OURS else "unavailable"] = reason[:500]
+
+    def _compare(self, entries: dict[str, Entry], outputs: dict[str, list[Tensor]], case: Case) -> None:
+        """Refuse each contender whose output is not the truth's, or that there is no truth for."""
+        truth = case.truth
+        if isinstance(truth, tuple):
+            truth = next((outputs[name] for name in truth if name in outputs), None)
+        for name, output in outputs.items():
+            row = entries[name].row
+            if truth is None:
+                row["refused"] = f"nothing to compare its output with: {' and '.join(case.truth)} did not run"
+                continue
+            row |= {"error": relative_error(output, truth), "error_bound": case.bound}
+            if not row["error"] <= case.bound:
+                row["refused"] = (
+                    f"its output differs by {row['error']:.1e} from the truth, the bound is {case.bound:.0e}"
+                )
 
     def _first_calls(self, contender: Contender, once: bool) -> tuple[list[Tensor], float, dict]:
         """What is compared with the truth, the seconds of the first call, which is a warm-up, and what it took."""
@@ -129,16 +142,26 @@ class Session:
     ) -> None:
         brief = case.once or self.lab.shape == "tiny"
         budget, min_rounds = (0.0, 1) if brief else (case.budget, MIN_ROUNDS)
-        samples = self.lab.clock.interleaved(ready, first, case.cold, budget, min_rounds)
-        least, bound_by = self.lab.ceilings.seconds(case.work)
-        for name, taken in samples.items():
+        rounds = self.lab.clock.interleaved(ready, first, case.cold, budget, min_rounds, self.lab.gauge)
+        for name, reason in rounds.failed.items():
+            self._breaks(entries[name], f"while it was timed: {reason}")
+        if not rounds.samples:
+            return
+        least, bounds = zip(*(ceilings.seconds(case.work) for ceilings in rounds.ceilings), strict=True)
+        for name, taken in rounds.samples.items():
             low, median, high = quantiles(taken.wall)
             entry = entries[name]
             entry.rounds = taken.wall
             entry.row |= {"median_s": median, "p20_s": low, "p80_s": high, "rounds": len(taken.wall)}
             entry.row |= {"device_s": statistics.median(taken.device)} if self.lab.clock.on_gpu else {}
+            entry.row |= {"configuration": ready[name].configuration} if ready[name].configuration else {}
             entry.row |= {"bytes": case.work.read + case.work.written, "flop": case.work.flop}
-            entry.row |= {"ceiling_s": least, "bound_by": bound_by, "share": least / median}
-            if OURS in samples:  # the ratio of each round's pair, so that a drift of the machine cancels
-                pairs = zip(taken.wall, samples[OURS].wall, strict=True)
-                entry.row["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
+            entry.row |= {"ceiling_s": statistics.median(least), "bound_by": statistics.mode(bounds)}
+            # Medians of each round's pair: what slows the machine down for a while slows both.
+            entry.row["share"] = _median_ratio(least, taken.wall)
+            if OURS in rounds.samples:
+                entry.row["ratio"] = _median_ratio(taken.wall, rounds.samples[OURS].wall)
+
+
+def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))

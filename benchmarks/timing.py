@@ -45,9 +45,18 @@ class Samples:
     device: list[float] = field(default_factory=list)
 
 
+@dataclass
+class Rounds:
+    """What was timed: samples of each contender, the machine's rates at each round, and why a contender broke off."""
+
+    samples: dict[str, Samples]
+    ceilings: list["Ceilings"] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Ceilings:
-    """Best rates seen on this machine: bytes/s reading, bytes/s copying (read + written), FLOP/s multiplying."""
+    """Rates of this machine: bytes/s reading, bytes/s copying (read + written), FLOP/s multiplying."""
 
     read: float
     copy: float
@@ -89,49 +98,71 @@ class Clock:
         return time.perf_counter() - began, self.began.elapsed_time(self.ended) / 1e3
 
     def interleaved(
-        self, contenders: dict[str, Contender], first: dict[str, float], cold: bool, budget: float, min_rounds: int
-    ) -> dict[str, Samples]:
-        """Rounds A B A B, every other one backwards: `min_rounds`, unless they would take longer than PATIENCE seconds,
-        and more until `budget` seconds are spent. Each round calls the quick contenders several times. Every contender
-        has been called before, which took `first` seconds."""
-        warm = {
-            name: seconds if (seconds := first[name]) > ROUND else self.seconds(c.call, c.before, cold)[0]
-            for name, c in contenders.items()
-        }
+        self,
+        contenders: dict[str, Contender],
+        first: dict[str, float],
+        cold: bool,
+        budget: float,
+        min_rounds: int,
+        gauge: Callable[[], Ceilings],
+    ) -> Rounds:
+        """Rounds A B A B, every other one backwards, each begun by `gauge`: `min_rounds`, unless they would take longer
+        than PATIENCE seconds, and more until `budget` seconds are spent. Each round calls the quick contenders several
+        times. Every contender has been called before, which took `first` seconds; one that raises is out."""
+        left, rounds = dict(contenders), Rounds({name: Samples() for name in contenders})
+
+        def timed(name: str, calls: int) -> list[tuple[float, float]]:
+            try:
+                return [self.seconds(left[name].call, left[name].before, cold) for _ in range(calls)]
+            except Exception as failure:
+                rounds.failed[name] = f"{type(failure).__name__}: {failure}"
+                del left[name], rounds.samples[name]
+                return []
+
+        warm = {name: first[name] for name in contenders}
+        for name in contenders:
+            if warm[name] <= ROUND and (again := timed(name, 1)):
+                warm[name] = again[0][0]
         fill = min(ROUND, max(warm.values()))
         calls = {name: min(20, max(1, round(fill / seconds))) for name, seconds in warm.items()}
-        samples = {name: Samples() for name in contenders}
-        began, rounds, spent = time.perf_counter(), 0, 0.0
-        while rounds == 0 or spent < budget or (rounds < min_rounds and spent < PATIENCE):
-            rounds += 1
-            for name in list(contenders)[:: 1 if rounds % 2 else -1]:
-                c = contenders[name]
-                walls, devices = zip(*(self.seconds(c.call, c.before, cold) for _ in range(calls[name])), strict=True)
-                samples[name].wall.append(statistics.median(walls))
-                samples[name].device.append(statistics.median(devices))
+        began, spent = time.perf_counter(), 0.0
+        while left and (
+            not rounds.ceilings or spent < budget or (len(rounds.ceilings) < min_rounds and spent < PATIENCE)
+        ):
+            rounds.ceilings.append(gauge())
+            for name in list(left)[:: 1 if len(rounds.ceilings) % 2 else -1]:
+                if taken := timed(name, calls[name]):
+                    walls, devices = zip(*taken, strict=True)
+                    rounds.samples[name].wall.append(statistics.median(walls))
+                    rounds.samples[name].device.append(statistics.median(devices))
             spent = time.perf_counter() - began
-        return samples
+        return rounds
 
 
-def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype, tiny: bool) -> Ceilings:
-    """Read bandwidth (the best of a sum and a dot product), copy bandwidth, and the rate of a square matrix product,
-    on random data several times the caches."""
-    size = 1 << 20 if tiny else (1 << 30 if device.type == "cuda" else 256 << 20)
-    side = 128 if tiny else (8192 if device.type == "cuda" else 2048)
-    x = torch.randn(size, device=device)
-    y, out = torch.empty_like(x), torch.empty(side, side, dtype=dtype, device=device)
-    a, b = torch.randn(2, side, side, device=device).to(dtype)
+class Gauge:
+    """Reads the machine's rates off plain PyTorch calls, on random data several times the caches: reading by the
+    quicker of a sum and a dot product, copying, and a square matrix product in the dtype."""
 
-    def best(call: Callable) -> float:
-        call()
-        return min(clock.seconds(call)[1] for _ in range(7))
+    def __init__(self, clock: Clock, device: torch.device, dtype: torch.dtype, tiny: bool):
+        on_gpu = device.type == "cuda"
+        size = 1 << 20 if tiny else (1 << 30 if on_gpu else 64 << 20)
+        side = 128 if tiny else (8192 if on_gpu else 2048)
+        self.clock = clock
+        self.x = torch.randn(size, device=device)
+        self.y, self.out = torch.empty_like(self.x), torch.empty(side, side, dtype=dtype, device=device)
+        self.a, self.b = torch.randn(2, side, side, device=device).to(dtype)
 
-    reading = min(best(x.sum), best(lambda: torch.dot(x, x)))
-    return Ceilings(
-        read=4 * size / reading,
-        copy=8 * size / best(lambda: y.copy_(x)),
-        matmul=2 * side**3 / best(lambda: torch.mm(a, b, out=out)),
-    )
+    def __call__(self, calls: int = 1) -> Ceilings:
+        """The best of so many calls each."""
+        x, y = self.x, self.y
+
+        def best(call: Callable) -> float:
+            return min(self.clock.seconds(call)[1] for _ in range(calls))
+
+        reading = min(best(x.sum), best(lambda: torch.dot(x, x)))
+        copying = best(lambda: y.copy_(x))
+        multiplying = best(lambda: torch.mm(self.a, self.b, out=self.out))
+        return Ceilings(x.nbytes / reading, 2 * x.nbytes / copying, 2 * len(self.a) ** 3 / multiplying)
 
 
 @dataclass(frozen=True)

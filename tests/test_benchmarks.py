@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from benchmarks import bench_memory_attention, bench_update, report
 from benchmarks.lab import Lab
 from benchmarks.race import Session
 from benchmarks.shapes import Least, Work, filled_memory, random_model
-from benchmarks.timing import Ceilings, Clock, Contender, relative_error
+from benchmarks.timing import Ceilings, Clock, Contender, Gauge, relative_error
 from memkernel import ops, reference, tiny
 from memkernel.config import ModelConfig
 
@@ -60,6 +61,12 @@ def test_the_ceiling_is_the_slower_of_memory_and_matrix_rate():
     assert ceilings.seconds(Work(read=100, flop=5000)) == (50.0, "matrix")
 
 
+def interleaved(contenders):
+    clock = Clock(CPU)
+    gauge = Gauge(clock, CPU, torch.float32, tiny=True)
+    return clock.interleaved(contenders, dict.fromkeys(contenders, 0.0), False, budget=0.0, min_rounds=4, gauge=gauge)
+
+
 def test_rounds_take_turns_and_quick_contenders_are_called_more_often():
     order = []
 
@@ -71,12 +78,26 @@ def test_rounds_take_turns_and_quick_contenders_are_called_more_often():
         "slow": Contender(lambda: spin("slow", 2_000_000), list),
         "quick": Contender(lambda: spin("quick", 200_000), list),
     }
-    samples = Clock(CPU).interleaved(contenders, dict.fromkeys(contenders, 0.0), cold=False, budget=0.0, min_rounds=4)
-    assert [len(taken.wall) for taken in samples.values()] == [4, 4]
+    rounds = interleaved(contenders)
+    samples = rounds.samples
+    assert [len(taken.wall) for taken in samples.values()] == [4, 4] and len(rounds.ceilings) == 4
     turns = re.sub(r"(\w)\1*", r"\1", "".join(name[0] for name in order[2:]))
     assert turns == "qsqsqs"[: len(turns)] or turns == "sqsqs"
     assert order.count("quick") > 2 * order.count("slow")
     assert samples["slow"].wall[0] > samples["quick"].wall[0]
+
+
+def test_a_contender_that_breaks_while_it_is_timed_is_out_and_the_others_go_on():
+    calls = []
+
+    def breaks():
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+
+    rounds = interleaved({"breaks": Contender(breaks), "works": Contender(list)})
+    assert rounds.failed == {"breaks": "RuntimeError: out of memory"}
+    assert list(rounds.samples) == ["works"] and len(rounds.samples["works"].wall) == 4
 
 
 def test_an_output_that_is_not_finite_or_of_another_shape_never_agrees():
@@ -136,6 +157,23 @@ def test_a_rival_that_breaks_is_named_and_the_others_go_on(session):
 
     assert session.entry("write", {}, "published", build).row["unavailable"] == "RuntimeError: out of memory"
     assert session.entry("write", {}, "memkernel", build).row["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("broken, compared", [(["published"], True), (["published", "reference"], False)])
+def test_without_the_published_flow_the_reference_is_the_truth_and_without_both_ours_is_refused(
+    session, broken, compared
+):
+    def build(lab):
+        case = bench_update.update_case(lab, 16)
+
+        def breaks():
+            raise RuntimeError("out of memory")
+
+        return replace(case, builders=case.builders | dict.fromkeys(broken, breaks))
+
+    row = session.entry("update", {"T": 16}, "memkernel", build).row
+    assert ("median_s" in row) == compared
+    assert compared or row["refused"] == "nothing to compare its output with: published and reference did not run"
 
 
 def run(*command, **environment):
