@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.lab import MODEL_BOUND, Case, Lab
+from benchmarks.lab import Case, Lab
 from benchmarks.shapes import Work
 from benchmarks.timing import Contender
 from memkernel.engine import CHUNK_TOKENS, Engine
@@ -65,7 +65,7 @@ def document_case(lab: Lab) -> Case:
             "memkernel": lambda: engine_contender(lab.engine),
         },
         truth=("published",),
-        bound=MODEL_BOUND[lab.dtype],
+        bound=lab.model_bound,
         work=sum([prompt, *steps], start=work),
         once=True,
     )

@@ -3,7 +3,7 @@
 import pytest
 from torch import Tensor
 
-from benchmarks.lab import MODEL_BOUND, Case, Lab
+from benchmarks.lab import Case, Lab
 from benchmarks.rivals import CACHES, rewinder
 from benchmarks.timing import Contender
 from memkernel.engine import Engine
@@ -65,7 +65,7 @@ def first_token_case(lab: Lab, T: int) -> Case:
             "transformers": lambda: huggingface(lab, ids),
         },
         truth=("published", "reference"),
-        bound=MODEL_BOUND[lab.dtype],
+        bound=lab.model_bound,
         work=lab.least.read(T),
         unavailable=reference_too_large(lab, T),
     )
@@ -99,7 +99,7 @@ def decode_case(lab: Lab, B: int) -> Case:
             "transformers": lambda: huggingface(lab, tokens, prompt),
         },
         truth=("published", "reference"),
-        bound=MODEL_BOUND[lab.dtype],
+        bound=lab.model_bound,
         work=lab.least.read(1, past=1 + PROMPT_TOKENS, sequences=B),
     )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.lab import MODEL_BOUND, Case, Lab
+from benchmarks.lab import Case, Lab
 from benchmarks.shapes import Work, projected
 from benchmarks.timing import Contender
 from memkernel import ops, reference
@@ -60,7 +60,7 @@ def update_case(lab: Lab, T: int) -> Case:
             "reference": lambda: engine_contender(lab.reference),
         },
         truth=("published", "reference"),
-        bound=MODEL_BOUND[lab.dtype],
+        bound=lab.model_bound,
         work=work,
     )
 

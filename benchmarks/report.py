@@ -6,6 +6,7 @@ them is typed by hand.
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def cells(row: dict) -> list[str]:
     return [
         name,
         seconds(row["median_s"]),
-        f"{seconds(row['p20_s'])} - {seconds(row['p80_s'])}",
+        f"{seconds(row['p20_s'])} - {seconds(row['p80_s'])}" if row["rounds"] > 1 else "one round",
         on_device,
         bound,
         f"{row['ratio']:.2f}" if "ratio" in row else "",
@@ -248,7 +249,8 @@ def write_report(rows: list[dict], folder: Path) -> None:
     """report.md and its pictures from the newest run of each machine."""
     lines = ["# Benchmarks", "", "Written by `make report` from `results.jsonl`; the columns are explained below.", ""]
     for run in newest_runs(rows):
-        stem = "-".join(run[0][key] for key in ("device", "shape", "dtype"))
+        stem = "-".join(run[0][key] for key in ("machine", "shape", "dtype"))
+        stem = re.sub(r"[^a-z0-9]+", "-", stem.lower())
         lines += [f"## {run[0]['machine']}, {run[0]['shape']}", "", header(run[0]).replace("\n", "  \n"), ""]
         pictures = {
             "shares": lambda path, run=run: plot_shares(run, path),
@@ -273,8 +275,8 @@ def write_report(rows: list[dict], folder: Path) -> None:
 NOTES = [
     "* median, p20 - p80: of the rounds; a round is the median of the calls in it, contenders take turns.",
     "* device / kernels: between two events on the GPU, and the sum of the kernels' times.",
-    "* ceiling: least time, from the bytes and FLOP that the mathematics needs at the rates measured in the same run,",
-    "  over the median; memory or matrix says which rate sets it.",
+    "* ceiling: least time, by the bytes and FLOP that the mathematics needs and the rates measured in the same round,",
+    "  over the round's; the median over rounds. Memory or matrix says which rate sets it.",
     "* time / ours: median over rounds of the contender's time over memkernel's.",
     "* peak, allocations: of one call, above what was held before.",
     "* error: relative Frobenius error against float64 for ops, against the published data flow for whole forwards.",
