@@ -196,9 +196,8 @@ void memory_write_(const std::vector<Tensor>& pools, const Tensor& rank, const s
   const Tensor drops = packed(dropped, 2);
   expect_below("rank", rank, M);
   expect_below("dropped", drops, M);
-  std::vector<int32_t> rank_after(L * M);
-  kernels().memory_write({unpacked.data(), static_cast<int64_t>(unpacked.size()), int32_data(rank), int32_data(drops),
-                          rank_after.data(), L, M, W},
+  kernels().memory_write({unpacked.data(), static_cast<int64_t>(unpacked.size()), int32_data(rank), int32_data(drops), L,
+                          M, W},
                          threads_for(bytes));
 }
 

@@ -4,11 +4,9 @@
 // rows. So a block of keys and values is packed once and multiplied with many query rows, ROWS at a time in registers.
 // A task takes some query rows, of one head or, where a head has few rows, of several, and a range of keys. Where the
 // keys of a query row are split over tasks, the partial results are combined in the order of the keys.
-#include <cstdlib>
-#include <new>
-
 #include "attention_few.h"
 #include "attention_tile.h"
+#include "buffer.h"
 #include "kernels.h"
 
 namespace memkernel {
@@ -22,26 +20,6 @@ constexpr int64_t KEYS_OF_MANY = 256;
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
 static_assert(KEYS_OF_FEW % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
-
-struct Buffer {
-  float* data = nullptr;
-  int64_t size = 0;
-
-  ~Buffer() {
-    std::free(data);
-  }
-
-  float* reserve(int64_t floats) {
-    if (floats > size) {
-      std::free(data);
-      size = 0;
-      data = static_cast<float*>(std::aligned_alloc(64, round_up(floats, 16) * sizeof(float)));
-      if (!data) throw std::bad_alloc();
-      size = floats;
-    }
-    return data;
-  }
-};
 
 thread_local Buffer scratch_buffer;
 thread_local Buffer partial_buffer;
@@ -90,7 +68,7 @@ class Attention {
     packs = max_rows > ROWS || a.D % PANEL != 0 || words % LANES != 0;
     block_keys = max_rows > FEW_ROWS ? KEYS_OF_MANY : KEYS_OF_FEW;
     splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
-    if (splits > 1) partials = partial_buffer.reserve(tasks() * splits * partial_size());
+    if (splits > 1) partials = partial_buffer.reserve<float>(tasks() * splits * partial_size());
   }
 
   void run(const Threads& threads) {
@@ -190,7 +168,7 @@ class Attention {
     const int64_t key_size = words * KEYS_OF_MANY;
     const int64_t value_size = columns * weight_words;
     const int64_t tile_size = ROWS * (KEYS_OF_MANY + weight_words);
-    float* const buffer = scratch_buffer.reserve(query_size + key_size + value_size + tile_size + partial_size());
+    float* const buffer = scratch_buffer.reserve<float>(query_size + key_size + value_size + tile_size + partial_size());
     Scratch scratch;
     scratch.query = buffer;
     scratch.key = scratch.query + query_size;

@@ -1,11 +1,13 @@
 // The Feistel permutation of the reference, word for word: unsigned 32-bit arithmetic wraps where that masks.
 #include "parallel.h"
+#include "simd.h"
 
 namespace memkernel::MEMKERNEL_ISA {
 
 static constexpr int FEISTEL_ROUNDS = 12;
 
-static uint32_t mix(uint32_t x) {
+template <class Words>
+static Words mix(Words x) {
   x = (x ^ x >> 16) * 0x85EBCA6Bu;
   x = (x ^ x >> 13) * 0xC2B2AE35u;
   return x ^ x >> 16;
@@ -25,11 +27,11 @@ struct Permutation {
     high_bits = bits / 2, low_bits = bits - high_bits;
   }
 
-  uint32_t operator()(uint32_t x) const {
-    uint32_t high = x >> low_bits, low = x & ((1u << low_bits) - 1);
+  u32x operator()(u32x x) const {
+    u32x high = x >> low_bits, low = x & ((1u << low_bits) - 1);
     int high_size = high_bits, low_size = low_bits;
     for (const uint32_t round_key : round_keys) {
-      const uint32_t mixed = (high ^ mix(low ^ round_key)) & ((1u << high_size) - 1);
+      const u32x mixed = (high ^ mix(low ^ round_key)) & ((1u << high_size) - 1);
       high = low, low = mixed;
       const int size = high_size;
       high_size = low_size, low_size = size;
@@ -41,10 +43,18 @@ struct Permutation {
 void draw_ranks(const DrawRanks& a, const Threads& threads) {
   parallel(threads, a.L, [&](int64_t l) {
     const Permutation permute(a.seed, a.step, a.shared ? 0 : l, a.rows);
-    for (int64_t w = 0; w < a.count; ++w) {
-      uint32_t rank = permute(static_cast<uint32_t>(w));
-      while (rank >= a.rows) rank = permute(rank);
-      a.out[l * a.count + w] = static_cast<int32_t>(rank);
+    int32_t* const out = a.out + l * a.count;
+    for (int64_t w = 0; w < a.count; w += LANES) {
+      u32x rank;
+      for (int i = 0; i < LANES; ++i) rank[i] = static_cast<uint32_t>(w + i);
+      rank = permute(rank);
+      const int64_t count = min(LANES, a.count - w);
+      for (bool outside = true; outside;) {  // lanes beyond the last draw are permuted along, and not looked at
+        outside = false;
+        for (int i = 0; i < count; ++i) outside |= rank[i] >= a.rows;
+        if (outside) rank = rank >= static_cast<uint32_t>(a.rows) ? permute(rank) : rank;
+      }
+      for (int i = 0; i < count; ++i) out[w + i] = static_cast<int32_t>(rank[i]);
     }
   });
 }

@@ -89,7 +89,6 @@ struct MemoryWrite {
   int64_t count;
   int32_t* rank;           // [L, M]
   const int32_t* dropped;  // [L, W]
-  int32_t* rank_after;     // [L, M], zeros; scratch
   int64_t L, M, W;
 };
 
