@@ -36,8 +36,10 @@ if platform.machine() not in ("x86_64", "AMD64"):
 class Build(build_ext):
     def run(self):
         self.force = True  # flags may have changed, which no time stamp tells
-        if self.inplace:  # if this build fails, no older one must be left to be used
-            Path(self.get_ext_fullpath("memkernel._C")).unlink(missing_ok=True)
+        built = [Path(self.build_lib) / self.get_ext_filename("memkernel._C")]
+        built += [Path(self.get_ext_fullpath("memkernel._C"))] * bool(self.inplace)
+        for path in built:  # if this build fails, no older one must be left to be used
+            path.unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, extension):

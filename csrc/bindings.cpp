@@ -21,6 +21,10 @@ int64_t last_size(const char* name, const Tensor& t) {
   return t.size(-1);
 }
 
+void expect_at_least_0(const char* name, int64_t value) {
+  if (value < 0) fail(std::string(name) + ": expected at least 0, got " + std::to_string(value));
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t E = last_size("x", x);
   expect("weight", weight, {E}, x.scalar_type());
@@ -78,6 +82,7 @@ Tensor rope_write_(const Tensor& cache_key, const Tensor& cache_value, const Ten
   expect("cos", cos, {-1, D / 2}, ScalarType::Float);
   expect("sin", sin, cos.sizes(), ScalarType::Float);
   expect("start", start, {B}, ScalarType::Int);
+  expect_at_least_0("offset", offset);
   const auto dtype = kernel_dtype(query);
   if (!dtype || D % 2 || !is_packed(cache_key, 2) || !is_packed(cache_value, 2))
     return call<Tensor>("memkernel_reference::rope_write_", cache_key, cache_value, query, key, value, cos, sin, start,
@@ -104,6 +109,7 @@ void rotate_memory_(const Tensor& rotated, const Tensor& key, const Tensor& rank
   expect("rank", rank, IntHeaderOnlyArrayRef(shape.data(), shape.size() - 2), ScalarType::Int);
   expect("cos", cos, {-1, D / 2}, ScalarType::Float);
   expect("sin", sin, cos.sizes(), ScalarType::Float);
+  expect_at_least_0("offset", offset);
   const auto dtype = kernel_dtype(rotated);
   const auto written = rows_in_place(rotated, 2);
   if (!dtype || D % 2 || !written)
@@ -134,7 +140,8 @@ Tensor memory_attention(const Tensor& query, const Tensor& memory_key, const Ten
   expect("value", value, {B, S, G, D}, type);
   expect("start", start, {B}, ScalarType::Int);
   const auto dtype = kernel_dtype(query);
-  if (!dtype)
+  if (query.numel() == 0) return empty(query.sizes(), type);
+  if (!dtype || D % 2)
     return call<Tensor>("memkernel_reference::memory_attention", query, memory_key, memory_value, key, value, start);
   const Tensor q = packed(query, 2), mk = packed(memory_key, 2), mv = packed(memory_value, 2);
   const Tensor k = packed(key, 2), v = packed(value, 2), starts = packed(start, 1);
@@ -206,7 +213,7 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   expect("weight", weight, {-1, in}, x.scalar_type());
   const auto dtype = kernel_dtype(x);
   constexpr int64_t few = 16;  // rows up to which the kernel beats PyTorch's own product (benchmarks/bench_small_ops.py)
-  if (!dtype || x.numel() > few * in || !is_packed(weight, 1))
+  if (!dtype || in == 0 || x.numel() > few * in || !is_packed(weight, 1))
     return call<Tensor>("aten::linear", x, weight, std::nullopt);
   const Rows rows = rows_of(x, 1);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

@@ -81,6 +81,7 @@ bool is_packed(const Tensor& t, int64_t dims) {
 Tensor packed(const Tensor& t, int64_t dims) { return is_packed(t, dims) ? t : torch::stable::contiguous(t); }
 
 std::optional<Rows> rows_in_place(const Tensor& t, int64_t dims) {
+  if (t.numel() == 0) return Rows{t, 0, 0};
   if (!is_packed(t, dims)) return std::nullopt;
   const auto sizes = t.sizes(), strides = t.strides();
   Rows rows{t, 1, 0};

@@ -23,6 +23,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _expect_at_least_0(name: str, value: int) -> None:
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight.
 
@@ -96,6 +101,7 @@ def rope_write_(
     expect("cos", cos, (-1, D // 2), torch.float32, like[1])
     expect("sin", sin, cos.shape, torch.float32, like[1])
     expect("start", start, (B,), torch.int32, like[1])
+    _expect_at_least_0("offset", offset)
     row_BT = start.long()[:, None] + torch.arange(T, device=key.device)
     cos_BT1D, sin_BT1D = cos[row_BT + offset].unsqueeze(2), sin[row_BT + offset].unsqueeze(2)
     sequence_B1 = torch.arange(B, device=key.device)[:, None]
@@ -118,6 +124,7 @@ def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin:
     expect("rank", rank, rotated.shape[:-2], torch.int32, rotated.device)
     expect("cos", cos, (-1, rotated.shape[-1] // 2), torch.float32, rotated.device)
     expect("sin", sin, cos.shape, torch.float32, rotated.device)
+    _expect_at_least_0("offset", offset)
     position = rank.long() + offset
     rotated.copy_(_rotate(key, cos[position].unsqueeze(-2), sin[position].unsqueeze(-2)))
 
