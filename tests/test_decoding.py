@@ -6,14 +6,17 @@
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+import memkernel
 from memkernel import Engine, reference, tiny
 from memkernel.decoding import IDLE_DECODERS, Decoder
+from memkernel.graphs import Graph, Graphs
 from memkernel.memory import Delta, Memory
 from memkernel.sampling import SamplingParams, uniform
 from memkernel.updating import KEPT_LENGTHS
@@ -257,6 +260,34 @@ def test_every_step_is_the_same_work_and_waits_for_nothing(make, name):
         traces.append(trace.calls)
     assert traces[1] == traces[2] == traces[3]  # the first may make a longer table of rotations
     assert {k: tensors[k].data_ptr() for k in addresses} == addresses
+
+
+def test_work_is_done_then_captured_then_replayed(monkeypatch):
+    """The order of things on a CUDA device, whose part is played here: capturing records, replaying does."""
+    log = []
+
+    class Recorded:
+        def replay(self):
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: (log.append("capture"), nullcontext())[1])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: log.append("pool"))
+    monkeypatch.setattr(Graph, "_on_side_stream", lambda self, function: (log.append("side"), function()))
+    graphs = Graphs(torch.device("cuda"), memkernel.ops)
+    assert graphs.static and not Graphs(torch.device("cuda"), reference).static
+    first, second = Graph(graphs), Graph(graphs)
+    for graph in (first, first, second, first, second):
+        graph.run(lambda: log.append("work"))
+    done, captured, replayed = ["side", "work"], ["capture", "work", "replay"], ["replay"]
+    assert log == [*done, "pool", *captured, *done, *replayed, *captured]
+    del first, graph
+    second = None
+    log.clear()
+    third = Graph(graphs)
+    third.run(lambda: None), third.run(lambda: None)
+    assert log == ["side", "pool", "capture", "replay"]  # no graph of the pool was left
 
 
 def test_every_update_of_a_length_is_the_same_work(make):
