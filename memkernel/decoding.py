@@ -91,7 +91,7 @@ class Decoder:
         turn = self.steps % 2
         self.outcomes[turn].copy_(self.sampler.outcome, non_blocking=True)
         if self.copied[turn]:
-            self.copied[turn].record()
+            self.copied[turn].record(torch.cuda.current_stream(self.sampler.outcome.device))
         self.steps += 1
 
 

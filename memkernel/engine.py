@@ -56,8 +56,8 @@ class Engine:
     def __init__(self, model: Llama, memory: Memory | None, folder: Path):
         self.model, self.config, self.folder = model, model.config, folder
         self._memory = memory
-        self.graphs = Graphs(model.embedding.device, model.ops)
-        self._decoders, self._updater = Decoders(model, self.graphs), Updater(model, self.graphs)
+        self._graphs = Graphs(model.embedding.device, model.ops)
+        self._decoders, self._updater = Decoders(model, self._graphs), Updater(model, self._graphs)
 
     @classmethod
     def from_pretrained(

@@ -97,7 +97,7 @@ def make(loaded):
     def make(replays=True):
         engine = Engine(loaded.model, loaded.memory.fork(), loaded.folder)
         if not replays:
-            engine.graphs.device = torch.device("cpu")  # where there is nothing to capture
+            engine._graphs.device = torch.device("cpu")  # where there is nothing to capture
         return engine
 
     return make
@@ -120,7 +120,7 @@ def test_decoding_by_replays_is_decoding_launch_by_launch(make, prompts, samplin
     want = launched.generate(prompts, max_tokens=40, ignore_eos=True, **sampling)
     for _ in range(3):  # the graph is captured in the first and used again
         assert replayed.generate(prompts, max_tokens=40, ignore_eos=True, **sampling) == want
-    assert len(replayed.graphs.captured) == 1
+    assert len(replayed._graphs.captured) == 1
 
 
 def test_updates_by_replays_are_updates_launch_by_launch(make):
@@ -130,7 +130,7 @@ def test_updates_by_replays_are_updates_launch_by_launch(make):
             engine.update(ids_of(length, i))
     assert_same_memory(replayed.memory, launched.memory)
     assert replayed.memory.state.tolist() == [replayed.memory.seed, 9]
-    assert len(replayed.graphs.captured) == 3  # the write, and the lengths 40 and 16
+    assert len(replayed._graphs.captured) == 3  # the write, and the lengths 40 and 16
     assert replayed.generate(PROMPTS, max_tokens=5) == launched.generate(PROMPTS, max_tokens=5)
 
 
@@ -146,10 +146,10 @@ def test_memories_may_be_switched_between_replays(make):
         assert answers[0] == answers[1]
     for one, other in zip(*forks, strict=True):
         assert_same_memory(one, other)
-    engine, before = engines[0], len(engines[0].graphs.captured)
+    engine, before = engines[0], len(engines[0]._graphs.captured)
     engine.memory = forks[0][2]
     del forks[0][:2], memories
-    assert len(engine.graphs.captured) == before // 3  # a memory's graphs go with it
+    assert len(engine._graphs.captured) == before // 3  # a memory's graphs go with it
 
 
 def test_two_hundred_repeats_are_equal_bit_for_bit(make):

@@ -53,7 +53,7 @@ def make(loaded):
             model = copy.copy(model)
             model.ops = memory.ops = ops
         engine = Engine(model, memory, loaded.folder)
-        engine.graphs.static = fixed
+        engine._graphs.static = fixed
         return engine
 
     return make
@@ -204,7 +204,7 @@ def test_the_host_is_one_step_late_and_drops_the_surplus(make, monkeypatch):
     assert (ended.token_ids, ended.finish_reason) == (free.token_ids[: index + 1], "stop")
     assert steps == list(range(index + 1))  # one more than was needed
     steps.clear()
-    engine.graphs.static = False
+    engine._graphs.static = False
     assert engine.generate(PROMPTS[0], max_tokens=10, ignore_eos=True, stop_token_ids=[stop]) == ended
     assert len(steps) == index
 
