@@ -220,7 +220,7 @@ class Sampler:
             before = ordered.cumsum(-1) - ordered
             ordered = ordered.masked_fill(before >= self.top_p[:, None] * ordered.sum(-1, True), 0)
             probabilities = torch.zeros_like(ordered).scatter_(1, index, ordered)
-        return (probabilities / -uniform(self.seed, self.position, self.vocab).log()).argmax(-1)
+        return (probabilities / uniform(self.seed, self.position, self.vocab).log_().neg_()).argmax(-1)
 
 
 def uniform(seed: Tensor, position: Tensor, count: int) -> Tensor:
@@ -232,4 +232,4 @@ def uniform(seed: Tensor, position: Tensor, count: int) -> Tensor:
             key = _mix(key ^ (word & MASK_32))
         keys.append(key[:, None])
     hashed = _mix(_mix(torch.arange(count, device=seed.device) ^ keys[0]) ^ keys[1])
-    return (hashed.double() + 0.5) * 2.0**-32
+    return hashed.double().add_(0.5).mul_(2.0**-32)
