@@ -11,13 +11,14 @@ from memkernel import ops as registered_ops
 class Graphs:
     """One engine's captured graphs, which share a pool for what lives within one replay only.
 
-    `static`: work is arranged as a graph needs it, shapes and addresses the same each time. Where kernels wait for the
-    host, as the plain PyTorch ops may, nothing can be captured; the tests set it on a CPU, where the same work is
-    called instead of replayed.
+    `static`: work is arranged as a graph needs it, shapes and addresses the same each time. So it is on a CUDA device
+    with kernels of its own: the plain PyTorch draw waits for the host. The tests set it on a CPU, where the same work
+    is called instead of replayed.
     """
 
     def __init__(self, device: torch.device, ops):
-        self.static = device.type == "cuda" and ops is registered_ops
+        has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("memkernel::draw_ranks", "CUDA")
+        self.static = device.type == "cuda" and ops is registered_ops and has_kernels
         self.device = device
         self.captured = weakref.WeakSet()  # of Graph
         self._pool = None

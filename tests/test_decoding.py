@@ -276,7 +276,12 @@ def test_work_is_done_then_captured_then_replayed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: log.append("pool"))
     monkeypatch.setattr(Graph, "_on_side_stream", lambda self, function: (log.append("side"), function()))
     graphs = Graphs(torch.device("cuda"), memkernel.ops)
-    assert graphs.static and not Graphs(torch.device("cuda"), reference).static
+    with monkeypatch.context() as patch:
+        for has_kernels in (True, False):
+            patch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key, has=has_kernels: has)
+            cuda, cpu = torch.device("cuda"), torch.device("cpu")
+            pairs = [(cuda, memkernel.ops), (cuda, reference), (cpu, memkernel.ops)]
+            assert [Graphs(*pair).static for pair in pairs] == [has_kernels, False, False]
     first, second = Graph(graphs), Graph(graphs)
     for graph in (first, first, second, first, second):
         graph.run(lambda: log.append("work"))
