@@ -82,8 +82,26 @@ def decode_case(lab: Lab, B: int) -> Case:
     prompt, tokens = lab.ids(1, PROMPT_TOKENS), lab.ids(B, 1, seed=1)
 
     def engine_contender(engine: Engine) -> Contender:
-        _, cache, memory, _ = engine._prefill([prompt[0]] * B, 1)
-        return Contender(lambda: chosen(engine.model.logits(engine.model.read(tokens, cache, memory))))
+        requests, _ = engine._requests([prompt[0]] * B, {"max_tokens": 2})
+        _, decoder = engine._decoders.take(requests, engine.memory)
+        decoder.begin(requests, engine.memory)
+        decoder.collect()
+        start, used = decoder.cache.start.clone(), decoder.cache.used
+
+        def rewind() -> None:
+            decoder.sampler.tokens[:B] = tokens[:, 0]
+            decoder.cache.start.copy_(start)
+            decoder.cache.used = used
+
+        def call() -> list[Tensor]:
+            decoder.step()
+            decoder.collect()
+            return [decoder.logits[:B]]
+
+        for _ in range(2):  # on a CUDA device the second captures the graph that is replayed from then on
+            rewind()
+            call()
+        return Contender(call, before=rewind)
 
     def published() -> Contender:
         rival = lab.published()

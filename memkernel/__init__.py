@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 __all__ = ["Completion", "Engine", "Memory", "ModelConfig", "SamplingParams", "Update", "ops", "reference"]
 
 _HOMES = {
-    "Completion": "sampling",
+    "Completion": "request",
     "Engine": "engine",
     "Memory": "memory",
     "ModelConfig": "config",

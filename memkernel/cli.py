@@ -246,7 +246,7 @@ def _env(args: argparse.Namespace) -> None:
     from torch.utils import collect_env
 
     from memkernel import native, ops
-    from memkernel.engine import choose
+    from memkernel.devices import choose
 
     device, dtype, chosen = choose(args.device, args.dtype)
     facts = {"memkernel": __version__, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}

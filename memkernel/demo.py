@@ -14,7 +14,7 @@ import torch
 from memkernel import tiny
 from memkernel.cli import read_texts
 from memkernel.engine import CHUNK_TOKENS, MIN_TOKENS, Engine, split_chunks
-from memkernel.sampling import Completion
+from memkernel.request import Completion
 
 NOTE = """This model is tiny and was made just now with random weights: its answers are gibberish.
 The mathematics and the bookkeeping are real: every number below was computed in this run."""

@@ -16,19 +16,22 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from memkernel import ops as registered_ops
 from memkernel import weights
 from memkernel.config import Keys
+from memkernel.decoding import Decoders, prefill
+from memkernel.devices import choose
+from memkernel.graphs import Graphs
 from memkernel.memory import Memory
 from memkernel.model import Llama
-from memkernel.sampling import Completion, Request, SamplingParams
+from memkernel.request import Completion, Request
+from memkernel.sampling import SamplingParams
+from memkernel.updating import Updater
 
 CHUNK_TOKENS = 512  # the longest text that one update was trained on
 MIN_TOKENS = 16  # the shortest; fewer disturb the memory
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -53,6 +56,8 @@ class Engine:
     def __init__(self, model: Llama, memory: Memory | None, folder: Path):
         self.model, self.config, self.folder = model, model.config, folder
         self._memory = memory
+        self._graphs = Graphs(model.embedding.device, model.ops)
+        self._decoders, self._updater = Decoders(model, self._graphs), Updater(model, self._graphs)
 
     @classmethod
     def from_pretrained(
@@ -87,7 +92,11 @@ class Engine:
 
     @property
     def memory(self) -> Memory:
-        """The memory that is read and updated. Assigning another memory of this model (a fork, say) switches to it."""
+        """The memory that is read and updated. Assigning another memory of this model (a fork, say) switches to it.
+
+        Several may be resident; each keeps the graphs that were captured for it, as long as it lives. One that lives on
+        another device is brought in by `memory.to(...)`.
+        """
         if self._memory is None:
             raise ValueError(f"memory: {self.folder} is a plain Llama (its config.json has no num_blocks), it has none")
         return self._memory
@@ -97,10 +106,11 @@ class Engine:
         mine = self.memory
         if not isinstance(memory, Memory) or memory.fingerprint != mine.fingerprint:
             raise ValueError(f"memory: expected a Memory of this model, got {type(memory).__name__} of another")
-        if (memory.key.dtype, memory.key.device) != (mine.key.dtype, mine.key.device):
-            raise ValueError(
-                f"memory: expected {mine.key.dtype} on {mine.key.device}, got {memory.key.dtype} on {memory.key.device}"
-            )
+        if memory.key.dtype != mine.key.dtype:
+            raise ValueError(f"memory: expected {mine.key.dtype}, got {memory.key.dtype}")
+        if memory.key.device != mine.key.device:
+            here, there = str(mine.key.device), memory.key.device
+            raise ValueError(f"memory: expected one on {here}, got one on {there}; memory.to({here!r}) is a copy here")
         self._memory = memory
 
     @cached_property
@@ -134,14 +144,15 @@ class Engine:
                 f"chunk_tokens: expected an integer of at least {MIN_TOKENS}, or None, got {chunk_tokens!r}"
             )
         texts, _ = self._prompts("text", text)
-        chunks = [chunk for ids in texts for chunk in split_chunks(ids, chunk_tokens)]
+        device = self.model.embedding.device
+        chunks = [chunk for ids in texts for chunk in split_chunks(ids.to(device), chunk_tokens)]
         if (shortest := min(map(len, chunks))) < MIN_TOKENS:
             warnings.warn(f"text of {shortest} tokens: fewer than {MIN_TOKENS} disturb the memory", stacklevel=3)
         if dropped is not None and len(chunks) != 1:
             raise ValueError(f"dropped: expected text of one chunk, got {len(chunks)} chunks")
         began = time.perf_counter()
         for ids in tqdm(chunks, desc="updating", unit="chunk", leave=False, disable=True if len(chunks) < 8 else None):
-            memory.write(self.model.inject(ids.to(memory.key.device), memory), dropped)
+            self._updater.write(ids, memory, dropped)
         return Update(len(chunks), sum(map(len, chunks)), time.perf_counter() - began, memory.step)
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -149,7 +160,10 @@ class Engine:
     def generate(self, prompt, **sampling) -> Completion | list[Completion]:
         """Continue a prompt, or several in one batch; keyword arguments are those of `SamplingParams`.
 
-        Several prompts may differ in length; each gives the tokens that it would give alone, up to rounding.
+        Several prompts may differ in length; each gives the tokens that it would give alone, up to rounding: matrix
+        products add in another order when the batch, the number of threads or the device is another, so that where two
+        tokens are nearly as likely even the greedy choice may differ. The same call on the same machine repeats bit for
+        bit, sampled with a seed or greedy.
         """
         requests, many = self._requests(prompt, sampling)
         for _ in self._run(requests):
@@ -182,8 +196,7 @@ class Engine:
         prompts, _ = self._prompts("input_ids", input_ids)
         if len({len(ids) for ids in prompts}) > 1:
             raise ValueError(f"input_ids: expected sequences of one length, got {[len(ids) for ids in prompts]}")
-        hidden, *_ = self._prefill(prompts, 0)
-        return self.model.logits(hidden)
+        return self.model.logits(self._prefill(prompts))
 
     @torch.inference_mode()
     def score(self, prompt, completion) -> list[float]:
@@ -192,38 +205,30 @@ class Engine:
         if len(befores) + len(afters) > 2:
             raise ValueError(f"prompt: expected one prompt and one completion, got {len(befores)} and {len(afters)}")
         before, after = befores[0], afters[0]
-        hidden, *_ = self._prefill([torch.cat([before, after])[:-1]], 0)
+        hidden = self._prefill([torch.cat([before, after])[:-1]])
         log_probabilities = self.model.logits(hidden[0, len(before) - 1 :]).log_softmax(-1)
         return log_probabilities.gather(1, after.to(hidden.device)[:, None])[:, 0].tolist()
 
-    def _prefill(self, prompts: list[Tensor], more: int):
-        """Read prompts of any lengths; returns hidden [B, longest, E], the cache with room for `more`, the memory."""
-        memory = self._memory if self._memory is not None and self._memory.initialized else None
-        longest = max(map(len, prompts))
-        cache = self.model.new_cache(len(prompts), longest + more, memory)
-        input_ids = pad_sequence(prompts, batch_first=True).to(cache.key.device)
-        hidden = self.model.read(input_ids, cache, memory)
-        lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int32, device=hidden.device)
-        cache.advance(lengths, longest)
-        return hidden, cache, memory, lengths
+    def _prefill(self, prompts: list[Tensor]) -> Tensor:
+        """Read prompts of any lengths, to be continued by nobody; returns hidden [B, longest, E]."""
+        memory = self._readable_memory
+        cache = self.model.new_cache(len(prompts), max(map(len, prompts)), memory)
+        return prefill(self.model, prompts, cache, memory)[0]
+
+    @property
+    def _readable_memory(self) -> Memory | None:
+        return self._memory if self._memory is not None and self._memory.initialized else None
 
     @torch.inference_mode()
     def _run(self, requests: list[Request]) -> Iterator[None]:
         """Decode until every request is done, yielding after each step."""
-        hidden, cache, memory, lengths = self._prefill([r.prompt_ids for r in requests], requests[0].params.max_tokens)
+        memory = self._readable_memory
         edits = memory and memory.edits
-        last = hidden[torch.arange(len(requests), device=hidden.device), lengths.long() - 1]
-        while True:
-            # A finished sequence stays in the batch and is fed token 0; its rows are its own and nobody reads them.
-            rows = self.model.logits(last)
-            tokens = [0 if r.finish_reason else r.step(row) for r, row in zip(requests, rows, strict=True)]
+        for _ in self._decoders.run(requests, memory):
             yield
-            if all(r.finish_reason for r in requests):
-                return
-            if memory is not None and (memory.edits != edits or self._memory is not memory):
+            going_on = not all(request.finish_reason for request in requests)
+            if going_on and memory is not None and (memory.edits != edits or self._memory is not memory):
                 raise RuntimeError("memory: expected no change while a prompt is being answered, got one")
-            last = self.model.read(torch.tensor(tokens, device=hidden.device)[:, None], cache, memory)[:, 0]
-            cache.advance(torch.ones_like(lengths), 1)
 
     def _pieces(self, request: Request) -> Iterator[str]:
         sent = 0
@@ -365,37 +370,3 @@ def split_chunks(ids: Tensor, chunk_tokens: int | None) -> list[Tensor]:
     if 0 < len(ids) % chunk_tokens < MIN_TOKENS:
         return list(ids.tensor_split(-(-len(ids) // chunk_tokens)))
     return list(ids.split(chunk_tokens))
-
-
-def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.device, torch.dtype, str]:
-    """Resolve "auto"; the third value says what it became and why, and is empty if nothing was left to choose."""
-    automatic = "auto" in (device, dtype)
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}") from None
-    available = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
-    if (device.index or 0) >= available:
-        raise ValueError(f"device: expected 'cpu' or an available 'cuda', got {str(device)!r}")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    chosen, why = dtype, "as asked"
-    if dtype == "auto":
-        on_gpu = device.type == "cuda"
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_has_bfloat16()
-        chosen = torch.bfloat16 if native else torch.float32
-        why = "multiplied natively here" if native else "no bfloat16 instructions here"
-    elif isinstance(dtype, str):
-        chosen = getattr(torch, dtype, None)
-    if chosen not in DTYPES:
-        raise ValueError(
-            f"dtype: expected 'auto' or one of {[str(d).removeprefix('torch.') for d in DTYPES]}, got {dtype!r}"
-        )
-    said = f"device {device}, {str(chosen).removeprefix('torch.')} ({why})" if automatic else ""
-    return device, chosen, said
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware: AVX-512 BF16, AMX, or Arm's BF16."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell: float32 then
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

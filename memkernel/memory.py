@@ -8,6 +8,7 @@ All tensors keep their addresses for the life of the object.
 import contextlib
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,13 @@ from torch import Tensor
 from memkernel import memory_file
 from memkernel._check import expect
 from memkernel.config import ModelConfig
+from memkernel.devices import find_device
 
 DRAWS = ("counter", "published")
+
+
+def call(function: Callable[[], None]) -> None:
+    function()
 
 
 @dataclass
@@ -28,6 +34,13 @@ class Delta:
     key: Tensor  # [L, R, G, D] un-rotated, through the read weights
     value: Tensor  # [L, R, G, D]
     hidden: Tensor  # [L, R, E]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, rows: int, like: Tensor) -> "Delta":
+        """Uninitialised, in the dtype and on the device of `like`."""
+        L, G, D, E = config.num_layers, config.num_kv_heads, config.head_size, config.hidden_size
+        shapes = (L, rows, G, D), (L, rows, G, D), (L, rows, E)
+        return cls(*(torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes))
 
 
 class Memory:
@@ -41,6 +54,7 @@ class Memory:
         hidden_by_slot: [L, M, E], or None unless `keep_hidden`.
         edits: how often this object changed, by whatever means.
         step: updates so far. seed: of the draw. initialized: False until the first update fills the pool.
+        state: [2] int64, seed and step where the draw reads them, so that an update needs nothing from the host.
     """
 
     def __init__(
@@ -70,11 +84,12 @@ class Memory:
         self.recent = torch.zeros(L, W, E, **like)
         self.hidden_by_slot = torch.zeros(L, M, E, **like) if keep_hidden else None
         self.step, self.initialized, self.edits = 0, False, 0
+        self.state = torch.tensor([seed, 0], device=device)
         self._rotation_is_stale = True
 
     # -- updating -----------------------------------------------------------------------------------------------------
 
-    def write(self, delta: Delta, dropped: Tensor | None = None) -> None:
+    def write(self, delta: Delta, dropped: Tensor | None = None, run: Callable[[Callable], None] = call) -> None:
         """Take in the R rows of `delta`. The first write fills the pool with copies of them; each later one drops R
         rows a layer at random and appends them. Wrong arguments and Ctrl-C leave the memory as it was.
 
@@ -82,6 +97,8 @@ class Memory:
             delta: R rows; R >= W, or any R >= 1 while not initialized or if hidden states are kept; R <= M once
                 initialized.
             dropped: [L, R] integers, the ranks to drop instead of drawing; distinct within a layer.
+            run: called with the device's work of a drawn drop, a function of no arguments which waits for nothing and
+                touches nothing of the host's; a captured graph of the same work may be replayed instead.
         Raises: ValueError naming the argument; rows that are not finite are refused.
         """
         rows = self._check_delta(delta)
@@ -91,14 +108,24 @@ class Memory:
             with _uninterrupted():
                 self._fill(delta)
             return
-        dropped = self._draw(rows) if dropped is None else self._check_dropped(dropped, rows)
-        news = [delta.key, delta.value] if self.hidden_by_slot is None else [delta.key, delta.value, delta.hidden]
-        recent = self._recent_after(delta.hidden, dropped)
+        if dropped is not None or self.draw == "published":
+            dropped, run = self._check_dropped(dropped, rows) if dropped is not None else self._randperm(rows), call
         with _uninterrupted():
             self._rotation_is_stale = True  # also if the write fails
-            self.ops.memory_write_(self._pools(), self.rank, news, dropped)
-            self.recent.copy_(recent)
-            self._count_update()
+            run(lambda: self._replace(delta, dropped))
+            self.step += 1
+            self._note_edit()
+
+    def _replace(self, delta: Delta, dropped: Tensor | None) -> None:
+        """Draw, unless told what to drop, and write."""
+        if dropped is None:
+            (L, M), rows, shared = self.rank.shape, delta.hidden.shape[1], not self.config.drop_per_layer
+            dropped = self.ops.draw_ranks(self.state, L, M, rows, shared)
+        news = [delta.key, delta.value] if self.hidden_by_slot is None else [delta.key, delta.value, delta.hidden]
+        recent = self._recent_after(delta.hidden, dropped)
+        self.ops.memory_write_(self._pools(), self.rank, news, dropped)
+        self.recent.copy_(recent)
+        self.state[1].add_(1)
 
     def _recent_after(self, new: Tensor, dropped: Tensor) -> Tensor:
         """The W newest rows once `new` [L, R, E] is written: fewer than W are preceded by the newest survivors."""
@@ -125,23 +152,18 @@ class Memory:
         self.rank.copy_(torch.arange(M, dtype=torch.int32))
         torch.index_select(delta.hidden, 1, index[-W:], out=self.recent)
         self.initialized = True
-        self._count_update()
-
-    def _count_update(self) -> None:
         self.step += 1
+        self.state[1].add_(1)
         self._note_edit()
 
     def _note_edit(self) -> None:
         self.edits += 1
         self._rotation_is_stale = True
 
-    def _draw(self, count: int) -> Tensor:
-        """[L, count] int32 ranks to drop."""
-        L, M, shared = self.config.num_layers, self.config.memory_rows, not self.config.drop_per_layer
-        if self.draw == "counter":
-            state = torch.tensor([self.seed, self.step], device=self.key.device)
-            return self.ops.draw_ranks(state, L, M, count, shared)
-        draws = torch.stack([torch.randperm(M)[M - count :] for _ in range(1 if shared else L)])
+    def _randperm(self, count: int) -> Tensor:
+        """[L, count] int32 ranks to drop, drawn as the published implementation draws them."""
+        L, M = self.rank.shape
+        draws = torch.stack([torch.randperm(M)[M - count :] for _ in range(L if self.config.drop_per_layer else 1)])
         return draws.expand(L, count).to(self.key.device, torch.int32)
 
     def _check_delta(self, delta: Delta) -> int:
@@ -155,8 +177,10 @@ class Memory:
         least = W if self.initialized and self.hidden_by_slot is None else 1
         if rows < least or (self.initialized and rows > M):
             raise ValueError(f"delta: expected {least} to {M} rows a layer, got {rows}")
-        for name in ("hidden", "key", "value"):
-            if not getattr(delta, name).isfinite().all():
+        names = ("hidden", "key", "value")
+        extremes = torch.stack([end for name in names for end in torch.aminmax(getattr(delta, name))])
+        for name, finite in zip(names, extremes.isfinite().view(3, 2).all(1).tolist(), strict=True):
+            if not finite:
                 raise ValueError(f"delta.{name}: expected finite numbers, got NaN or infinity; the memory is unchanged")
         return rows
 
@@ -192,9 +216,19 @@ class Memory:
 
     def fork(self) -> "Memory":
         """An independent copy: later updates of either leave the other alone."""
+        return self._copy(self.key.device)
+
+    def to(self, device: str | torch.device) -> "Memory":
+        """This memory if it is on `device`, else a copy of it there: memories can be kept on the CPU, and brought in to
+        be read and updated."""
+        device = find_device(device)
+        return self if device == self.key.device else self._copy(device)
+
+    def _copy(self, device: torch.device) -> "Memory":
         with torch.inference_mode(False):
             other = Memory.__new__(Memory)
-            other.__dict__ = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+            parts = self.__dict__.items()
+            other.__dict__ = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in parts}
         return other
 
     def reset(self) -> None:
@@ -202,6 +236,7 @@ class Memory:
         with _uninterrupted():
             self.step, self.initialized = 0, False
             self._note_edit()
+            self.state.copy_(torch.tensor([self.seed, 0]))
             for tensor in (self.key, self.value, self.rotated_key, self.recent, self.hidden_by_slot):
                 if tensor is not None:
                     tensor.zero_()
@@ -238,6 +273,7 @@ class Memory:
             for name, mine in state.items():
                 mine.copy_(tensors[name])
             self.seed, self.step, self.draw = int(saved["seed"]), int(saved["step"]), saved["draw"]
+            self.state.copy_(torch.tensor([self.seed, self.step]))
             self.initialized = saved["initialized"] == "1"
 
     def _state(self) -> dict[str, Tensor]:

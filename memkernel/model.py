@@ -8,6 +8,7 @@ rows of every layer become that layer's new memory rows.
 The dimension key stands in `reference`.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,12 @@ class SequenceCache:
         self.start += lengths
         self.used += longest
 
+    def first(self, batch: int) -> "SequenceCache":
+        """The first `batch` sequences, sharing storage; `used` is counted apart."""
+        part = copy.copy(self)
+        part.key, part.value, part.start = self.key[:, :batch], self.value[:, :batch], self.start[:batch]
+        return part
+
 
 class Llama:
     """The weights and the two forwards. `ops` is a namespace with the functions of `reference`."""
@@ -87,7 +94,7 @@ class Llama:
     ):
         self.config, self.embedding, self.layers, self.norm, self.head = config, embedding, layers, norm, head
         self.bos, self.write_embedding, self.ops = bos, write_embedding, ops
-        self.cos, self.sin = config.rope.table(0, config.head_size, embedding.device)
+        self.tables = [config.rope.table(0, config.head_size, embedding.device)]  # cos and sin, the longest last
         self.no_memory = embedding.new_zeros(1, 0, config.num_kv_heads, config.head_size)
         if bos is not None:  # constant for a reader: [L, G, D], at position 0, where rotation is the identity
             projected = [self.project(i, bos[i]) for i in range(len(layers))]
@@ -95,15 +102,19 @@ class Llama:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def read(self, input_ids: Tensor, cache: SequenceCache, memory: Memory | None) -> Tensor:
+    def read(self, input_ids: Tensor, cache: SequenceCache, memory: Memory | None, whole_cache: bool = False) -> Tensor:
         """Run T more tokens of each sequence; their keys and values are appended to `cache`, which is not advanced.
 
-        Args: input_ids [B, T] int64, sequences padded on the right; `cache` from `new_cache` with the same memory.
+        Args:
+            input_ids: [B, T] int64, sequences padded on the right.
+            cache: from `new_cache` with the same memory.
+            whole_cache: hand the ops all of the cache's rows, not only those in use: shapes that are the same for
+                every step, as a captured graph needs, where an op's cost does not depend on rows that nobody sees.
         Returns: [B, T, E] after the final norm, in the model's dtype.
         """
         config, ops, eps = self.config, self.ops, self.config.norm_eps
         offset = config.memory_rows if memory else 0
-        seen = cache.used + input_ids.shape[1]
+        seen = cache.key.shape[2] if whole_cache else cache.used + input_ids.shape[1]
         cos, sin = self._rotations(offset + seen)
         x = F.embedding(input_ids, self.embedding)
         h = ops.rms_norm(x, self.layers[0].input_norm, eps)
@@ -124,14 +135,20 @@ class Llama:
 
     def new_cache(self, batch: int, capacity: int, memory: Memory | None) -> SequenceCache:
         """A cache for `capacity` text rows of `batch` sequences, bos in place if the memory is read."""
+        cache = SequenceCache(self.config, batch, self._bos_rows(memory) + capacity, self.embedding)
+        self.begin(cache, memory)
+        return cache
+
+    def begin(self, cache: SequenceCache, memory: Memory | None) -> None:
+        """Empty a cache, put bos in place if the memory is read, and bring the memory's rotated keys up to date."""
         bos_rows = self._bos_rows(memory)
-        cache = SequenceCache(self.config, batch, bos_rows + capacity, self.embedding)
+        cache.key[:, :, : cache.used], cache.value[:, :, : cache.used] = 0, 0  # what is left there may be NaN
+        cache.start.fill_(bos_rows)
+        cache.used = bos_rows
         if bos_rows:
             cache.key[:, :, 0], cache.value[:, :, 0] = self.bos_key[:, None], self.bos_value[:, None]
-            cache.advance(torch.full_like(cache.start, 1), 1)
         if memory:
             memory.refresh(*self._rotations(bos_rows + self.config.memory_rows), offset=bos_rows)
-        return cache
 
     def project(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden rows [..., E] of layer `index` -> the un-rotated keys and values [..., G, D] that readers see."""
@@ -142,10 +159,10 @@ class Llama:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def inject(self, input_ids: Tensor, memory: Memory) -> Delta:
+    def inject(self, input_ids: Tensor, memory: Memory, out: Delta | None = None) -> Delta:
         """The rows that T tokens of text write: one forward over [bos ; newest W rows ; text], which reads no more.
 
-        Args: input_ids [T] int64, T >= 1. The memory is only read.
+        Args: input_ids [T] int64, T >= 1. The memory is only read. `out`: where to write the rows.
         Returns: W rows a layer; min(W, T) if the memory is not initialized.
         """
         config = self.config
@@ -154,20 +171,20 @@ class Llama:
         bos_rows = self._bos_rows(memory if memory.initialized else None)
         kept = W if memory.initialized else min(W, T)
         x = F.embedding(input_ids, self.embedding)[None]  # [1, T, E]
-        keys, values, hidden = [], [], []
+        out = Delta.empty(config, kept, self.embedding) if out is None else out
         for i, layer in enumerate(self.layers):
             rows = torch.cat([memory.recent[i][None], x], dim=1) if old else x
             rows[:, -W:] += self.write_embedding
             last = i + 1 == len(self.layers)
             # A short text re-emits old rows; of the last layer only the rows that are kept are computed.
-            out = self._write_layer(layer, i, rows, kept if last else max(kept, T), bos_rows)
-            x = out[:, -T:]
-            delta = out[0, -kept:]
+            rows = self._write_layer(layer, i, rows, kept if last else max(kept, T), bos_rows)
+            x = rows[:, -T:]
+            delta = rows[0, -kept:]
             if not memory.initialized and not last:
                 delta = delta + self.write_embedding  # as published: the first fill stores the next layer's input
-            key, value = self.project(i, delta)
-            keys.append(key), values.append(value), hidden.append(delta)
-        return Delta(torch.stack(keys), torch.stack(values), torch.stack(hidden))
+            out.hidden[i] = delta
+            out.key[i], out.value[i] = self.project(i, delta)
+        return out
 
     def _write_layer(self, layer: Layer, index: int, rows: Tensor, queries: int, bos_rows: int) -> Tensor:
         """One layer over rows [1, S, E]; returns its output for the last `queries` rows, [1, queries, E]."""
@@ -201,9 +218,9 @@ class Llama:
         return memory.rotated_key[index, None], memory.value[index, None]
 
     def _rotations(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of at least `length` positions; the table doubles when a longer one is asked for."""
-        if length > len(self.cos):
-            self.cos, self.sin = self.config.rope.table(
-                max(length, 2 * len(self.cos)), self.config.head_size, self.embedding.device
-            )
-        return self.cos, self.sin
+        """cos and sin of at least `length` positions; the table doubles when a longer one is asked for. Outgrown ones
+        are kept: captured graphs hold their addresses."""
+        if length > len(self.tables[-1][0]):
+            longer = max(length, 2 * len(self.tables[-1][0]))
+            self.tables.append(self.config.rope.table(longer, self.config.head_size, self.embedding.device))
+        return self.tables[-1]

@@ -182,9 +182,12 @@ def memory_attention(
 
 def _mix(x: Tensor) -> Tensor:
     """A bijective hash of 32-bit words, held in int64: two multiply-xorshift rounds (constants of MurmurHash3)."""
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK_32
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK_32
-    return x ^ (x >> 16)
+    x = x ^ (x >> 16)  # a new tensor; from here in place, several times faster for a vocabulary of words
+    x.mul_(0x85EBCA6B).bitwise_and_(MASK_32)
+    x ^= x >> 13
+    x.mul_(0xC2B2AE35).bitwise_and_(MASK_32)
+    x ^= x >> 16
+    return x
 
 
 def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) -> Tensor:

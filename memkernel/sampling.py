@@ -1,13 +1,13 @@
-"""Choosing tokens and turning them into text: sampling parameters, one request's state, stop strings."""
+"""How tokens are chosen: the parameters, and the choice itself, for a batch of sequences on the model's device."""
 
 import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes an unfinished UTF-8 sequence to
-UNFINISHED_TOKENS = 16  # no character takes so many: what still ends in REPLACEMENT then is not UTF-8
+from memkernel.reference import MASK_32, _mix
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class SamplingParams:
     order temperature, min_p, top_k, top_p. repetition_penalty counts prompt and output, presence_penalty and
     frequency_penalty the output. stop: strings that end the output and are not part of it. stop_token_ids: tokens that
     end it beside the model's end-of-sequence. min_tokens: nothing ends it before so many. max_new_tokens: another name
-    of max_tokens. seed: makes the request reproducible on its own, whatever it is batched with. logprobs: so many most
+    of max_tokens. seed: makes the request reproducible on its own, whatever it is batched with
+    and on whatever device, up to the logits' rounding. logprobs: so many most
     likely tokens are reported at each step, before penalties and temperature.
     """
 
@@ -95,155 +96,140 @@ def _tuple(name: str, value) -> tuple:
     return tuple(value)
 
 
-@dataclass
-class Completion:
-    """What one prompt was answered.
+class Kind(NamedTuple):
+    """What choosing takes for the requests of a batch; a captured graph is of one kind."""
 
-    text: the new text without the stop string; None for a model without a tokenizer.
-    token_ids: the new tokens, the one that ended them included. logprobs: the log-probability of each.
-    top_logprobs: for each, {token id: log-probability} of the most likely, if `logprobs` asked for it.
-    finish_reason: "stop" (end-of-sequence, stop token, stop string) or "length".
+    draws: bool  # some temperature is above 0
+    sorts: bool  # some top_k or top_p cuts off
+    penalises: bool
+    bars: bool  # some min_tokens keep endings out
+    top: int  # so many most likely tokens are reported
+
+    @classmethod
+    def of(cls, batch: list[SamplingParams], vocab: int) -> "Kind":
+        return cls(
+            draws=any(p.temperature > 0 for p in batch),
+            sorts=any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in batch),
+            penalises=any((p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0) for p in batch),
+            bars=any(p.min_tokens > 0 for p in batch),
+            top=min(vocab, max(p.logprobs for p in batch)),
+        )
+
+    def unpack(self, row: list[float]) -> tuple[int, float, list[int], list[float]]:
+        """One sequence's row of `Sampler.outcome`: the arguments of `Request.take`."""
+        most, their_logprobs = row[2 : 2 + self.top], row[2 + self.top :]
+        return int(row[0]), row[1], list(map(int, most)), their_logprobs
+
+
+class Sampler:
+    """Chooses the next token of each of B sequences on the device, where the host need not wait for it.
+
+    All tensors keep their addresses. A draw is a pure function of a sequence's seed, the position in its output and its
+    probabilities: the token v with the largest p_v / -log(u_v), where u_v is a hash of (seed, position, v) as a uniform
+    number. Of so many exponential clocks with rates p_v each is the first to ring with probability p_v. Unlike a number
+    looked up in the cumulative distribution, where rounding of one p shifts all tokens after it, this moves few winners
+    when the p are rounded otherwise.
+
+    Attributes:
+        tokens: [B] int64, those chosen last.
+        outcome: [B, 2 + 2 top] float64, of the last choice: token, its log-probability before penalties and
+            temperature (NaN if a logit is), the most likely tokens and their log-probabilities.
     """
 
-    text: str | None
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    top_logprobs: list[dict[int, float]] | None = None
+    def __init__(self, kind: Kind, batch: int, vocab: int, device: torch.device):
+        self.kind, self.vocab = kind, vocab
+        self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.position = torch.zeros_like(self.tokens)
+        self.outcome = torch.zeros(batch, 2 + 2 * kind.top, dtype=torch.float64, device=device)
+        self.reals = torch.zeros(6, batch, dtype=torch.float64, device=device)
+        self.temperature, self.top_p, self.min_p, self.repetition, self.presence, self.frequency = self.reals
+        self.integers = torch.zeros(3, batch, dtype=torch.int64, device=device)
+        self.seed, self.top_k, self.min_tokens = self.integers
+        if kind.penalises:
+            self.seen = torch.zeros(batch, vocab, dtype=torch.bool, device=device)  # in the prompt or the output
+            self.count = torch.zeros(batch, vocab, dtype=torch.int32, device=device)  # in the output
+        if kind.bars:
+            self.barred = torch.zeros(batch, vocab, dtype=torch.bool, device=device)
 
+    def begin(self, requests: list) -> None:
+        """Take over the parameters of at most B requests that have no token yet; rows beyond are greedy."""
+        reals, integers = torch.zeros(self.reals.shape, dtype=torch.float64), torch.zeros_like(self.integers.cpu())
+        reals[1], reals[3], integers[1] = 1.0, 1.0, self.vocab
+        for i, request in enumerate(requests):
+            p = request.params
+            top_p = p.top_p if p.top_p < 1 else math.inf  # rounding must not cut anything off
+            penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+            reals[:, i] = torch.tensor([p.temperature, top_p, p.min_p, *penalties], dtype=torch.float64)
+            top_k = p.top_k if 0 < p.top_k < self.vocab else self.vocab
+            integers[:, i] = torch.tensor([request.seed, top_k, p.min_tokens])
+        self.reals.copy_(reals)
+        self.integers.copy_(integers)
+        self.position.zero_()
+        if self.kind.penalises:
+            self.count.zero_()
+            self.seen.copy_(self._members([request.prompt_ids for request in requests]))
+        if self.kind.bars:
+            self.barred.copy_(self._members([torch.tensor(sorted(r.barred), dtype=torch.int64) for r in requests]))
 
-class Request:
-    """One prompt being answered: chooses its tokens with its own generator, and knows when it is done."""
+    def _members(self, sets: list[Tensor]) -> Tensor:
+        """[B, V]: whether row i's set holds the token."""
+        members = torch.zeros(len(self.tokens), self.vocab, dtype=torch.bool)
+        for row, tokens in zip(members, sets, strict=False):
+            row[tokens] = True
+        return members
 
-    def __init__(self, prompt_ids: Tensor, params: SamplingParams, eos_token_ids: tuple[int, ...], tokenizer):
-        self.params = params
-        self.prompt_ids = prompt_ids.cpu()
-        self.endings = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        self.barred = {*params.stop_token_ids, *eos_token_ids}
-        self.generator = torch.Generator()
-        self.generator.seed() if params.seed is None else self.generator.manual_seed(params.seed)
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.top_logprobs: list[dict[int, float]] = []
-        self.finish_reason: str | None = None
-        self.text = None if tokenizer is None else TextStream(tokenizer, params.stop)
-
-    def step(self, logits: Tensor) -> int:
-        """Choose the next token from logits [V] float32, on any device, and take note of it."""
-        params = self.params
+    def choose(self, logits: Tensor) -> None:
+        """Set `tokens` and `outcome` from logits [B, V] float32, which are not written to."""
+        kind, top = self.kind, self.kind.top
         log_probabilities = logits.log_softmax(-1)
-        if log_probabilities[0].isnan():  # one NaN makes all of them NaN
-            raise ValueError("logits: expected numbers, got NaN: the weights or the memory are damaged")
-        token = self._choose(logits.clone())
-        self.token_ids.append(token)
-        self.logprobs.append(log_probabilities[token].item())
-        if params.logprobs:
-            top = log_probabilities.topk(min(params.logprobs, len(logits)))
-            self.top_logprobs.append(dict(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
-        enough = len(self.token_ids) >= params.min_tokens
-        ended = enough and token in self.endings
-        if self.text is not None and not ended:
-            self.text.push(token, search=enough)
-        last = ended or len(self.token_ids) >= params.max_tokens
-        if last and self.text is not None:
-            self.text.close()
-        if ended or (self.text is not None and self.text.stopped):
-            self.finish_reason = "stop"
-        elif last:
-            self.finish_reason = "length"
-        return token
+        scores = self._penalised(logits) if kind.penalises else logits
+        if kind.bars:
+            early_B1 = (self.position < self.min_tokens)[:, None]
+            scores = scores.masked_fill(self.barred & early_B1, -math.inf)
+        tokens = scores.argmax(-1)
+        if kind.draws:
+            tokens = torch.where(self.temperature > 0, self._drawn(scores), tokens)
+        self.tokens.copy_(tokens)
+        self.outcome[:, 0] = tokens
+        self.outcome[:, 1] = log_probabilities.gather(1, tokens[:, None])[:, 0]
+        if top:
+            most = log_probabilities.topk(top)
+            self.outcome[:, 2 : 2 + top], self.outcome[:, 2 + top :] = most.indices, most.values
+        if kind.penalises:
+            self.seen.scatter_(1, tokens[:, None], True)
+            self.count.scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
+        self.position += 1
 
-    def completion(self) -> Completion:
-        text = None if self.text is None else self.text.released
-        top = self.top_logprobs if self.params.logprobs else None
-        return Completion(text, self.token_ids, self.logprobs, self.finish_reason, top)
+    def _penalised(self, logits: Tensor) -> Tensor:
+        repetition, presence, frequency = self.reals[3:, :, None].float()
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        penalty = (presence + frequency * self.count.float()).masked_fill(self.count == 0, 0.0)
+        return torch.where(self.seen, repeated, logits) - penalty
 
-    def _choose(self, logits: Tensor) -> int:
-        params = self.params
-        self._penalise(logits)
-        if len(self.token_ids) < params.min_tokens and self.barred:
-            logits[list(self.barred)] = -math.inf
-        if params.temperature == 0:
-            return int(logits.argmax())
-        logits = logits.cpu().double()
-        probabilities = ((logits - logits.max()) / params.temperature).softmax(-1)  # no overflow, however cold
-        probabilities[probabilities < params.min_p * probabilities.max()] = 0
-        if params.top_k > 0 or params.top_p < 1:
+    def _drawn(self, scores: Tensor) -> Tensor:
+        """[B] tokens from the distributions that temperature, min_p, top_k and top_p, in this order, leave."""
+        temperature = self.temperature.masked_fill(self.temperature == 0, 1.0)[:, None]
+        scores = scores.double()
+        probabilities = ((scores - scores.amax(-1, True)) / temperature).softmax(-1)  # no overflow, however cold
+        least = self.min_p[:, None] * probabilities.amax(-1, True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+        if self.kind.sorts:
             ordered, index = probabilities.sort(descending=True, stable=True)
-            if params.top_k > 0:
-                ordered[params.top_k :] = 0
-            if params.top_p < 1:
-                before = ordered.cumsum(0) - ordered
-                ordered[before >= params.top_p * ordered.sum()] = 0
-            probabilities = torch.zeros_like(probabilities).scatter_(0, index, ordered)
-        return int(torch.multinomial(probabilities, 1, generator=self.generator))
-
-    def _penalise(self, logits: Tensor) -> None:
-        params = self.params
-        if params.repetition_penalty != 1:
-            seen = (
-                torch.cat([self.prompt_ids, torch.tensor(self.token_ids, dtype=torch.int64)]).unique().to(logits.device)
-            )
-            logits[seen] = torch.where(
-                logits[seen] > 0, logits[seen] / params.repetition_penalty, logits[seen] * params.repetition_penalty
-            )
-        if self.token_ids and (params.presence_penalty or params.frequency_penalty):
-            tokens, counts = torch.tensor(self.token_ids).unique(return_counts=True)
-            penalty = params.presence_penalty + params.frequency_penalty * counts.float()
-            logits[tokens.to(logits.device)] -= penalty.to(logits.device)
+            rank = torch.arange(self.vocab, device=scores.device)
+            ordered = ordered.masked_fill(rank >= self.top_k[:, None], 0)
+            before = ordered.cumsum(-1) - ordered
+            ordered = ordered.masked_fill(before >= self.top_p[:, None] * ordered.sum(-1, True), 0)
+            probabilities = torch.zeros_like(ordered).scatter_(1, index, ordered)
+        return (probabilities / uniform(self.seed, self.position, self.vocab).log_().neg_()).argmax(-1)
 
 
-class TextStream:
-    """Tokens in, text out: whole characters only, and never a part of a stop string.
-
-    `released` is the text that is certain so far. Tokens are decoded in a short window that starts at the last point
-    where the text was whole, since a token's text may depend on its neighbours.
-    """
-
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.token_ids: list[int] = []
-        self.window = self.read = 0  # the window's first token, and the first token whose text is not in `text`
-        self.text = ""
-        self.searched = 0  # length of the text that was searched for stop strings, or was exempt
-        self.released = ""
-        self.stopped = False
-
-    def push(self, token: int, search: bool) -> None:
-        """Add a token; with `search`, a stop string that ends within its text ends the stream."""
-        if not self.tokenizer.decode([token, token], skip_special_tokens=True):
-            return  # special or unknown to the tokenizer: a leading space may decode to nothing, but not two
-        self.token_ids.append(token)
-        known, text = self._decode(self.window, self.read), self._decode(self.window, len(self.token_ids))
-        overdue = len(self.token_ids) - self.read >= UNFINISHED_TOKENS
-        if len(text) > len(known) and (overdue or not text.endswith(REPLACEMENT)):
-            self._append(text[len(known) :], search)
-            self.window, self.read = self.read, len(self.token_ids)
-        self.released = self.text[: len(self.text) - (0 if self.stopped else self._held())]
-
-    def close(self) -> None:
-        """No more tokens: what was held back is released, but for an unfinished character."""
-        if not self.stopped:
-            known = self._decode(self.window, self.read)
-            rest = self._decode(self.window, len(self.token_ids))[len(known) :]
-            self._append(rest.rstrip(REPLACEMENT), search=True)
-        self.released = self.text
-
-    def _append(self, text: str, search: bool) -> None:
-        self.text += text
-        if search:
-            found = [
-                at for stop in self.stop if (at := self.text.find(stop, max(0, self.searched - len(stop) + 1))) >= 0
-            ]
-            if found:
-                self.text, self.stopped = self.text[: min(found)], True
-        self.searched = len(self.text)
-
-    def _held(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        longest = max((len(stop) - 1 for stop in self.stop), default=0)
-        lengths = range(min(longest, len(self.text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(self.text[-n:]) for stop in self.stop)), 0)
-
-    def _decode(self, begin: int, end: int) -> str:
-        return self.tokenizer.decode(self.token_ids[begin:end], skip_special_tokens=True)
+def uniform(seed: Tensor, position: Tensor, count: int) -> Tensor:
+    """[B, count] float64 numbers in (0, 1), multiples of 2^-33, from seed and position [B] int64; on any device."""
+    keys = []
+    for constant in (0x9E3779B9, 0x7F4A7C15):
+        key = torch.full_like(seed, constant)
+        for word in (seed, seed >> 32, position, position >> 32):
+            key = _mix(key ^ (word & MASK_32))
+        keys.append(key[:, None])
+    hashed = _mix(_mix(torch.arange(count, device=seed.device) ^ keys[0]) ^ keys[1])
+    return hashed.double().add_(0.5).mul_(2.0**-32)

@@ -149,7 +149,7 @@ def test_float64_equals_float64(case, monkeypatch):
     ids, engine = case.ids(2, 70), case.ours(torch.float64)
     same_table = engine.config.rope.kind == "default"
     model = exact(monkeypatch, case.theirs(torch.float64, "sdpa"), None if same_table else engine.config.rope)
-    hidden, *_ = engine._prefill(list(ids), 0)
+    hidden = engine._prefill(list(ids))
     got = torch.nn.functional.linear(hidden, engine.model.head)  # `logits` rounds to float32
     assert got.dtype == torch.float64 and relative_error(got, logits_of(model, ids)) < 1e-12
     assert torch.equal(engine.logits(ids), got.float())

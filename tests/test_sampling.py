@@ -3,6 +3,7 @@
 import math
 from random import Random
 from unittest.mock import Mock
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memkernel import tiny
-from memkernel.sampling import REPLACEMENT, Request, SamplingParams, TextStream
+from memkernel.request import REPLACEMENT, Request, TextStream
+from memkernel.sampling import Kind, Sampler, SamplingParams, uniform
 
 NAN, INF = math.nan, math.inf
 # fmt: off
@@ -54,16 +56,32 @@ def request(prompt=(0,), eos=(), tokenizer=None, **params):
     return Request(torch.tensor(prompt), SamplingParams.from_kwargs(**params), eos, tokenizer)
 
 
+def step(asked, logits, samplers=WeakKeyDictionary()):  # noqa: B006 - it is to last
+    """Choose the next token of each request, which stay together, from its row of logits [B, V]; returns the tokens."""
+    kind = Kind.of([one.params for one in asked], logits.shape[1])
+    sampler = samplers.get(asked[0])
+    if sampler is None:
+        sampler = samplers[asked[0]] = Sampler(kind, len(asked), logits.shape[1], logits.device)
+        sampler.begin(asked)
+    sampler.choose(logits)
+    for one, row in zip(asked, sampler.outcome.tolist(), strict=True):
+        one.take(*kind.unpack(row))
+    return sampler.tokens.tolist()
+
+
 def draw(count, logits, **params):
-    drawing = request(**{"max_tokens": count + 1, "temperature": 1.0, "seed": 1} | params)
-    return [drawing.step(logits) for _ in range(count)]
+    """Tokens of 40 requests with seeds of their own, count / 40 of each."""
+    params = {"max_tokens": count + 1, "temperature": 1.0} | params
+    asked, rows = [request(seed=seed, **params) for seed in range(40)], logits.expand(40, -1)
+    return [token for _ in range(count // 40) for token in step(asked, rows)]
 
 
 def force(asked, tokens):
     """Step through `tokens`: greedy choice is left no choice, whatever the penalties."""
     for token in tokens:
         if not asked.finish_reason:
-            assert asked.step(torch.full((300,), -1e6).index_fill_(0, torch.tensor([token]), 1e6)) == token
+            size = max(300, token + 1)
+            assert step([asked], torch.full((1, size), -1e6).index_fill_(1, torch.tensor([token]), 1e6)) == [token]
     return asked
 
 
@@ -97,11 +115,76 @@ def test_draws_have_exactly_the_distribution(name):
 
 
 def test_a_seed_makes_a_request_reproducible_whatever_runs_beside_it():
-    alone = draw(50, LOGITS, seed=5)
-    assert draw(50, LOGITS, seed=None) != draw(50, LOGITS, seed=None)
-    one, other = (request(max_tokens=99, temperature=1.0, seed=seed) for seed in (5, 6))
-    pairs = [(one.step(LOGITS), other.step(LOGITS)) for _ in range(50)]
-    assert [a for a, _ in pairs] == alone != [b for _, b in pairs]
+    def tokens_of(*seeds):
+        asked = [request(max_tokens=99, temperature=1.0, seed=seed) for seed in seeds]
+        for _ in range(50):
+            step(asked, LOGITS.expand(len(asked), -1))
+        return [one.token_ids for one in asked]
+
+    alone = tokens_of(5)[0]
+    assert tokens_of(6, 5, (1 << 63) - 1)[1] == alone != tokens_of(6)[0]
+    assert tokens_of(5 + (1 << 40))[0] != alone  # all bits of a seed count
+    assert tokens_of(None) != tokens_of(None)
+
+
+def test_requests_of_all_kinds_together_give_what_each_gives_alone():
+    kinds = [
+        {},
+        {"temperature": 1.0, "top_p": 0.7, "seed": 3},
+        {"temperature": 1.3, "top_k": 3, "min_p": 0.1, "seed": 4, "logprobs": 2},
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.5},
+        {"temperature": 0.8, "presence_penalty": 1.0, "min_tokens": 5, "stop_token_ids": [5, 2], "seed": 5},
+        {"logprobs": 4, "min_tokens": 2},
+    ]
+    rows = torch.randn(20, len(kinds), 8, generator=torch.Generator().manual_seed(1)) * 2
+
+    def make(i):
+        return request(prompt=[i, 7], eos=(0,), max_tokens=20, **kinds[i])
+
+    together, apart = [make(i) for i in range(len(kinds))], [make(i) for i in range(len(kinds))]
+    for logits in rows:
+        step(together, logits)
+        for one, row in zip(apart, logits, strict=True):
+            step([one], row[None])
+    for one, other in zip(together, apart, strict=True):
+        assert (one.token_ids, one.logprobs, one.top_logprobs) == (other.token_ids, other.logprobs, other.top_logprobs)
+    assert together[0].token_ids == rows[:, 0].argmax(-1).tolist() != together[3].token_ids
+    assert [len(one.top_logprobs[0]) if one.top_logprobs else 0 for one in together] == [0, 0, 2, 0, 0, 4]
+
+
+def uniform_by_hand(seed, position, token):
+    def mix(x):
+        x = (x ^ x >> 16) * 0x85EBCA6B % (1 << 32)
+        x = (x ^ x >> 13) * 0xC2B2AE35 % (1 << 32)
+        return x ^ x >> 16
+
+    for key in (0x9E3779B9, 0x7F4A7C15):
+        for word in (seed, seed >> 32, position, position >> 32):
+            key = mix(key ^ word % (1 << 32))
+        token = mix(token ^ key)
+    return (token + 0.5) / (1 << 32)
+
+
+def test_the_numbers_behind_the_draws_are_the_same_everywhere():
+    seeds, positions = [0, 1, (1 << 63) - 1, 1 << 33], [0, 7, 1 << 20, 3]
+    got = uniform(torch.tensor(seeds), torch.tensor(positions), 50)
+    want = [[uniform_by_hand(*pair, token) for token in range(50)] for pair in zip(seeds, positions, strict=True)]
+    assert got.tolist() == want
+
+
+@pytest.mark.parametrize("along", ["seed", "position", "token"])
+def test_the_numbers_behind_the_draws_are_uniform_and_independent(along):
+    """Pairs of neighbours along one axis, in 16 x 16 equal cells: chi-square with 255 degrees of freedom."""
+    count = {"seed": (4096, 1, 16), "position": (1, 4096, 16), "token": (8, 8, 1025)}[along]
+    seed, position = (x.reshape(-1) for x in torch.meshgrid(*map(torch.arange, count[:2]), indexing="ij"))
+    numbers = uniform(seed, position, count[2]).view(count)
+    axis = ["seed", "position", "token"].index(along)
+    cell = (numbers * 16).long()
+    first, second = cell.narrow(axis, 0, count[axis] - 1), cell.narrow(axis, 1, count[axis] - 1)
+    observed = torch.bincount((first * 16 + second).reshape(-1), minlength=256).double()
+    expected = observed.sum() / 256
+    statistic = ((observed - expected) ** 2 / expected).sum().item()
+    assert 170 < statistic < 360  # p of about 1e-5 on either side
 
 
 @pytest.mark.parametrize("token", range(7), ids=ROLES)
@@ -118,23 +201,23 @@ def test_penalties_are_those_of_vllm(repetition, presence, frequency, raw, token
     want -= frequency * output.count(token) + presence * (token in output)
     params = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
     for difference, winner in ((-1e-4, token), (1e-4, probe)):
-        logits = torch.full((8,), -1e6)
+        logits = torch.full((300,), -1e6)  # as many as `force` gives
         logits[token], logits[probe] = raw, want + difference
-        assert force(request(prompt, **params), output).step(logits) == winner
+        assert step([force(request(prompt, **params), output)], logits[None]) == [winner]
 
 
 def test_min_tokens_bars_endings():
     logits = torch.tensor([0.0, 5.0, 4.0, 3.0])  # eos 1, stop token 2
     asked = request(eos=(1,), min_tokens=3, stop_token_ids=[2], max_tokens=9)
-    assert [asked.step(logits) for _ in range(3)] == [3, 3, 3] and asked.finish_reason is None
-    assert asked.step(logits) == 1 and asked.finish_reason == "stop"
+    assert [step([asked], logits[None]) for _ in range(3)] == [[3]] * 3 and asked.finish_reason is None
+    assert step([asked], logits[None]) == [1] and asked.finish_reason == "stop"
 
 
 def test_logprobs_are_those_of_the_raw_logits():
     given = LOGITS.clone()
     asked = request((5,), logprobs=3, temperature=0.3, repetition_penalty=2.0, presence_penalty=1.0, top_k=2, seed=0)
     for _ in range(4):
-        token = asked.step(given)
+        (token,) = step([asked], given[None])
         assert asked.logprobs[-1] == pytest.approx(math.log(RANKED[PLACE.index(token)]), abs=1e-6)
         assert list(asked.top_logprobs[-1]) == PLACE[:3]
         assert list(asked.top_logprobs[-1].values()) == pytest.approx([math.log(p) for p in RANKED[:3]], abs=1e-6)
@@ -148,7 +231,7 @@ def test_nan_logits_raise(params, damaged):
     logits = LOGITS.clone()
     logits[list(damaged)] = NAN
     with pytest.raises(ValueError, match="^logits: .*NaN"):
-        request(**params).step(logits)
+        step([request(**params)], logits[None])
 
 
 def words(decoder):
