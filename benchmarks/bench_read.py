@@ -84,7 +84,9 @@ def decode_case(lab: Lab, B: int) -> Case:
     def engine_contender(engine: Engine) -> Contender:
         requests, _ = engine._requests([prompt[0]] * B, {"max_tokens": 2})
         _, decoder = engine._decoders.take(requests, engine.memory)
+        decoder.model = lab.engine.model  # the reference takes a minute to read so many prompts
         decoder.begin(requests, engine.memory)
+        decoder.model = engine.model
         decoder.collect()
         start, used = decoder.cache.start.clone(), decoder.cache.used
 

@@ -17,7 +17,7 @@ from benchmarks.lab import Case, Lab
 from benchmarks.report import OURS
 from benchmarks.timing import Contender, commit, footprint, machine, relative_error
 
-MIN_ROUNDS = 3
+MIN_ROUNDS = 5
 
 
 @dataclass

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.shapes import Work
 
 EVICTING_BYTES = 256 << 20  # several times the largest cache of the machines that we know
-ROUND = 0.2  # seconds up to which quick contenders repeat their call in a round that has slower ones
-PATIENCE = 8.0  # seconds of timing after which long calls need no further round: they average over noise themselves
+ROUND = 0.1  # seconds up to which quick contenders repeat their call in a round that has slower ones
+PATIENCE = 6.0  # seconds of timing after which long calls need no further round: they average over noise themselves
 
 
 def nothing() -> None:
