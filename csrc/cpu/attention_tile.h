@@ -27,9 +27,30 @@ inline void interleave(const f32x (&row)[PER_WORD<Scalar>], f32x* to) {
   to[0] = row[0];
 }
 
+// Numbers in their order, rounded, as words.
+template <class Scalar>
+inline f32x pack_words(const f32x (&numbers)[PER_WORD<Scalar>]) {
+  return numbers[0];
+}
+
+template <class Scalar>
+inline f32x one_words() {
+  return broadcast(1);
+}
+
 #if defined(__AVX512BF16__)
 template <>
 constexpr int PER_WORD<bf16> = 2;
+
+template <>
+inline f32x pack_words<bf16>(const f32x (&numbers)[2]) {
+  return (f32x)_mm512_cvtne2ps_pbh(numbers[1], numbers[0]);
+}
+
+template <>
+inline f32x one_words<bf16>() {
+  return (f32x)(u32x{} + 0x3f803f80u);
+}
 
 template <>
 inline f32x multiply_add<bf16>(f32x a, f32x b, f32x sum) {
@@ -206,7 +227,8 @@ struct Softmax {
   float max, sum;
 };
 
-// Scores -> weights 2^(score * scale - max). Returns the factor that brings earlier results to the new maximum.
+// Scores -> weights 2^(score * scale - max), and their sum as rounded. Returns the factor that brings earlier results to
+// the new maximum. `keys` is a multiple of PANEL.
 template <class Scalar>
 float soften(const float* score, int64_t keys, float scale, Softmax& row, float* weight) {
   f32x largest = load(score);
@@ -214,17 +236,16 @@ float soften(const float* score, int64_t keys, float scale, Softmax& row, float*
   const float before = row.max;
   const float block_max = max_lane(largest) * scale;
   if (!(block_max <= before)) row.max = block_max;
+  constexpr int P = PER_WORD<Scalar>;
   f32x sum = {};
-  for (int64_t i = 0; i < keys; i += LANES) {
-    const f32x x = exp2(fma(load(score + i), broadcast(scale), broadcast(-row.max)));
-    if constexpr (PER_WORD<Scalar> == 2) {
-      bf16* const rounded = reinterpret_cast<bf16*>(weight) + i;
-      store(rounded, x);
-      sum += load(rounded);
-    } else {
-      store(weight + i, x);
-      sum += x;
+  for (int64_t i = 0; i < keys; i += P * LANES) {
+    f32x x[P];
+    for (int k = 0; k < P; k++) {
+      x[k] = exp2(fma(load(score + i + k * LANES), broadcast(scale), broadcast(-row.max)));
     }
+    const f32x words = pack_words<Scalar>(x);
+    store(weight + i / P, words);
+    sum = multiply_add<Scalar>(words, one_words<Scalar>(), sum);
   }
   const float rescale = row.max == before ? 1 : exp2(broadcast(before - row.max))[0];
   row.sum = row.sum * rescale + sum_lanes(sum);
