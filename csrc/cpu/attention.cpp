@@ -238,8 +238,8 @@ class Attention {
     const char* next_values = reinterpret_cast<const char*>(segment.value + next * segment.value_row);
     const int64_t row = h * max_rows + segment.first - task.first;
     const int64_t query_words = round_up(words, LANES);
-    run_rows<FewScores<Scalar>>(rows, {scratch.query + row * query_words, query_words, key_rows, scratch.score, KEYS_OF_MANY,
-                                  next_keys});
+    run_rows<FewScores<Scalar>>(rows, {scratch.query + row * query_words, query_words, key_rows, scratch.score,
+                                       KEYS_OF_MANY, next_keys, next_values});
     float rescale[ROWS];
     soften_tile(segment, segment.first, rows, key, keys, row, scratch, rescale);
     run_rows<FewSums<Scalar>>(rows, {scratch.weight, weight_words, value_rows, scratch.sum + row * columns, columns, rescale,

@@ -9,7 +9,8 @@ namespace memkernel {
 namespace MEMKERNEL_ISA {
 
 // Where the next block lies. It is fetched line by line between the products, in its own order, into the first level:
-// the heads read a block in strides, which the processor's prefetchers do not see through.
+// the heads read a block in strides, which the processor's prefetchers do not see through. Half of the values are
+// fetched with the keys, so that memory is asked at an even rate.
 MEMKERNEL_INLINE void fetch(const char*& next, int lines) {
   for (int i = 0; i < lines; i++) __builtin_prefetch(next + i * LINE, 0, 3);
   next += lines * LINE;
@@ -29,7 +30,7 @@ struct FewScores {
   Rows<Scalar> keys;
   float* score;
   int64_t score_row;
-  const char*& next;
+  const char *&next_keys, *&next_values;
 
   // LANES partial sums of each of R scores of keys i and i + 1; missing keys are the last one.
   template <int R>
@@ -38,7 +39,9 @@ struct FewScores {
     const Scalar* const key_b = keys.from + min(i + 1, keys.rows - 1) * keys.row;
     for (int r = 0; r < R; r++) a[r] = b[r] = f32x{};
     for (int64_t word = 0; word < keys.words; word += LANES) {
-      fetch(next, max(1, 2 * LANES * PER_WORD<Scalar> * sizeof(Scalar) / LINE));
+      constexpr int lines = max(1, 2 * LANES * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
+      fetch(next_keys, lines);
+      fetch(next_values, lines / 2);
       const f32x words_a = load_words(key_a + word * PER_WORD<Scalar>);
       const f32x words_b = load_words(key_b + word * PER_WORD<Scalar>);
       for (int r = 0; r < R; r++) {
@@ -81,7 +84,7 @@ struct FewSums {
   float* sum;
   int64_t sum_row;
   const float* rescale;
-  const char*& next;
+  const char*& next_values;
 
   // A panel of the values of one word of keys; if CHECKED, with zeros for a missing one.
   template <bool CHECKED>
@@ -99,7 +102,7 @@ struct FewSums {
 
   template <bool CHECKED, int R>
   MEMKERNEL_INLINE void multiply(int64_t step, int64_t column, f32x (&added)[R][VECTORS]) const {
-    fetch(next, max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE));
+    fetch(next_values, max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE / 2));
     f32x part[VECTORS];
     load_step<CHECKED>(step, column, part);
     for (int r = 0; r < R; r++) {
