@@ -79,10 +79,14 @@ def draw_ranks(state: Tensor, rows: int, count: int) -> None:
 
 
 def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped: Tensor) -> None:
-    L, M = rank.shape
-    W = dropped.shape[1]
+    (L, M), W = rank.shape, dropped.shape[1]
     expect("rank", rank, (L, M), torch.int32, rank.device)
     expect("dropped", dropped, (L, min(W, M)), torch.int32, rank.device)
+    pools_and_rows(pools, rows, rank, W)
+
+
+def pools_and_rows(pools: list[Tensor], rows: list[Tensor], rank: Tensor, W: int) -> None:
+    L, M = rank.shape
     if len(pools) != len(rows):
         raise ValueError(f"rows: expected one tensor for each of {len(pools)} pools, got {len(rows)}")
     for i, (pool, new) in enumerate(zip(pools, rows, strict=True)):
