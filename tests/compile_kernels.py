@@ -22,9 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from memkernel.kernels import tiles
-from tests import shipped_attention
+from tests import shipped_attention, shipped_write
 
-CASES: dict[str, Callable[[], object]] = {**shipped_attention.CASES}
+CASES: dict[str, Callable[[], object]] = shipped_attention.CASES | shipped_write.CASES
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memkernel import _check
+from memkernel.kernels.memory_attention import memory_attention
 from memkernel.kernels.memory_write import draw_ranks, memory_write_
 from memkernel.kernels.norm_rope import add_rms_norm_, rms_norm, rope_write_, rotate_memory_, swiglu
-from memkernel.reference import memory_attention
 
 __all__ = [
     "add_rms_norm_",
