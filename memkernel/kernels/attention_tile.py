@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+LOWEST = tl.constexpr(-3e38)  # the largest score of no keys: with -inf, the weight of an unseen key would be NaN
 
 
 @triton.jit
@@ -30,6 +31,12 @@ def load_query(query_ptr, stride, b_M, t_M, h_M, is_row_M, D: tl.constexpr):
     """[M, D] of query [B, T, H, D]; zeros where there is no row."""
     offset_M = b_M.to(tl.int64) * stride[0] + t_M.to(tl.int64) * stride[1] + h_M * stride[2]
     return tl.load(query_ptr + offset_M[:, None] + tl.arange(0, D)[None, :], mask=is_row_M[:, None], other=0.0)
+
+
+@triton.jit
+def no_keys(M: tl.constexpr, D: tl.constexpr):
+    """The weighted sum of values, the sum of weights and the largest score before any key."""
+    return tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.full([M], LOWEST, tl.float32)
 
 
 @triton.jit
@@ -61,11 +68,8 @@ def attend_block(
     if MASKED:
         score_MN = tl.where((first + tl.arange(0, N))[None, :] < seen_M[:, None], score_MN, -float("inf"))
     new_max_M = tl.maximum(max_M, tl.max(score_MN, 1) * scale)
-    shift_M = new_max_M
-    if MASKED:  # of a row that has seen nothing yet: -inf - -inf would be NaN
-        shift_M = tl.where(new_max_M == -float("inf"), 0.0, new_max_M)
-    weight_MN = tl.exp2(tl.fma(score_MN, scale, -shift_M[:, None]))
-    decay_M = tl.exp2(max_M - shift_M)
+    weight_MN = tl.exp2(tl.fma(score_MN, scale, -new_max_M[:, None]))
+    decay_M = tl.exp2(max_M - new_max_M)
     value_ND = load_rows(value, value_stride, batch, head, first, last, N, D, MASKED, TMA)
     acc_MD = tl.dot(weight_MN.to(value_ND.dtype), value_ND, acc_MD * decay_M[:, None], input_precision="ieee")
     return acc_MD, sum_M * decay_M + tl.sum(weight_MN, 1), new_max_M
@@ -110,7 +114,7 @@ def store(out_ptr, lse_ptr, row_M, is_row_M, acc_MD, sum_M, max_M, PARTIAL: tl.c
     if PARTIAL:
         has_keys_M = sum_M > 0
         sum_M = tl.where(has_keys_M, sum_M, 1.0)
-        tl.store(lse_ptr + row_M, max_M + tl.log2(sum_M), mask=is_row_M)  # max_M is -inf without keys
+        tl.store(lse_ptr + row_M, tl.where(has_keys_M, max_M + tl.log2(sum_M), -float("inf")), mask=is_row_M)
         is_row_M = is_row_M & has_keys_M
     mean_MD = acc_MD / sum_M[:, None]
     out_MD = out_ptr + row_M[:, None] * D + tl.arange(0, D)[None, :]

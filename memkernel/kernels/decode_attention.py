@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernel.kernels import tiles
-from memkernel.kernels.attention_tile import LOG2_E, attend, combine, load_query, locate, partials, share, store
+from memkernel.kernels.attention_tile import (
+    LOG2_E,
+    attend,
+    combine,
+    load_query,
+    locate,
+    no_keys,
+    partials,
+    share,
+    store,
+)
 from memkernel.kernels.tiles import Chip, Tile
 
 MOST_ROWS = 64  # query rows of a (sequence, key/value head) up to which packing sequences together pays
@@ -41,9 +51,7 @@ def _attend_packed(
     b_M += first_sequence
     h_M += head * Q
     query_MD = load_query(query_ptr, query_stride, b_M, t_M, h_M, is_row_M, D)
-    acc_MD = tl.zeros([BLOCK_M, D], tl.float32)
-    sum_M = tl.zeros([BLOCK_M], tl.float32)
-    max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    acc_MD, sum_M, max_M = no_keys(BLOCK_M, D)
     first, last = share(rows, split, splits, BLOCK_N)
     acc_MD, sum_M, max_M = attend(
         acc_MD, sum_M, max_M, query_MD, key, key_stride, value, value_stride,

@@ -18,7 +18,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memkernel import _check, reference
 from memkernel.kernels import tiles
-from memkernel.kernels.attention_tile import LOG2_E, attend, combine, load_query, locate, partials, share, store
+from memkernel.kernels.attention_tile import (
+    LOG2_E,
+    attend,
+    combine,
+    load_query,
+    locate,
+    no_keys,
+    partials,
+    share,
+    store,
+)
 from memkernel.kernels.decode_attention import MOST_ROWS, decode_attention, plan_decode
 from memkernel.kernels.tiles import Chip, Tile
 
@@ -67,9 +77,7 @@ def prefill_kernel(
     h_M += head * Q
     b_M = tl.zeros_like(t_M) + b
     query_MD = load_query(query_ptr, query_stride, b_M, t_M, h_M, is_row_M, D)
-    acc_MD = tl.zeros([BLOCK_M, D], tl.float32)
-    sum_M = tl.zeros([BLOCK_M], tl.float32)
-    max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    acc_MD, sum_M, max_M = no_keys(BLOCK_M, D)
 
     first, last = share(M, split, splits, BLOCK_N)
     acc_MD, sum_M, max_M = attend(
