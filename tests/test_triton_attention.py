@@ -122,6 +122,16 @@ def test_chosen_path_reads_any_strides(name):
     assert_no_worse(name, got.cpu(), plain(cast("", args, torch.float64)), plain(args))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("i", [1, 2, 3, 4])
+def test_nan_is_not_hidden(i, path):
+    """A broken row that a query sees must break its output, whichever part it falls into."""
+    args = make(2, 2, 3, 2, 1, 16, 40, 20, [0, 17], torch.float32)
+    args[i][0, 1] = torch.nan
+    got = PATHS[path](*[t.to(DEVICE) for t in args])
+    assert torch.equal(got.isnan().cpu(), plain(args).isnan())
+
+
 @pytest.mark.parametrize("D, dtype", [(20, torch.float32), (256, torch.float16), (64, torch.float64)])
 def test_other_head_sizes_and_float64_are_the_references(D, dtype):
     args = [t.to(DEVICE) for t in make(2, 1, 3, 4, 2, D, 9, 8, [0, 4], dtype)]

@@ -16,109 +16,116 @@ LOWEST = tl.constexpr(-3e38)  # the largest score of no keys: with -inf, the wei
 
 
 @triton.jit
-def locate(row_M, T, H: tl.constexpr, G: tl.constexpr):
+def locate(row_X, T, H: tl.constexpr, G: tl.constexpr):
     """Query rows of a key/value head are packed as (sequence, token, head of the group): which (b, t, h) are they?
 
     The head is counted within its group, the sequence from the first one packed.
     """
     Q: tl.constexpr = H // G
-    token_M = row_M // Q
-    return token_M // T, token_M % T, row_M % Q
+    token_X = row_X // Q
+    return token_X // T, token_X % T, row_X % Q
 
 
 @triton.jit
-def load_query(query_ptr, stride, b_M, t_M, h_M, is_row_M, D: tl.constexpr):
-    """[M, D] of query [B, T, H, D]; zeros where there is no row."""
-    offset_M = b_M.to(tl.int64) * stride[0] + t_M.to(tl.int64) * stride[1] + h_M * stride[2]
-    return tl.load(query_ptr + offset_M[:, None] + tl.arange(0, D)[None, :], mask=is_row_M[:, None], other=0.0)
+def load_query(query_ptr, stride, b_X, t_X, h_X, is_row_X, D: tl.constexpr):
+    """[X, D] of query [B, T, H, D]; zeros where there is no row."""
+    offset_X = b_X.to(tl.int64) * stride[0] + t_X.to(tl.int64) * stride[1] + h_X * stride[2]
+    return tl.load(query_ptr + offset_X[:, None] + tl.arange(0, D)[None, :], mask=is_row_X[:, None], other=0.0)
 
 
 @triton.jit
-def no_keys(M: tl.constexpr, D: tl.constexpr):
+def no_keys(BLOCK_X: tl.constexpr, D: tl.constexpr):
     """The weighted sum of values, the sum of weights and the largest score before any key."""
-    return tl.zeros([M, D], tl.float32), tl.zeros([M], tl.float32), tl.full([M], LOWEST, tl.float32)
+    return tl.zeros([BLOCK_X, D], tl.float32), tl.zeros([BLOCK_X], tl.float32), tl.full([BLOCK_X], LOWEST, tl.float32)
 
 
 @triton.jit
 def load_rows(
-    rows, stride, batch, head, first, last, N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
+    rows,
+    stride,
+    batch,
+    head,
+    first,
+    last,
+    BLOCK_K: tl.constexpr,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Rows first..first+N-1 of keys or values [batch, row, head, D]; with MASKED, anything finite from `last` on."""
+    """[BLOCK_K, D] from row `first` of keys or values [batch, row, head, D]. MASKED: from `last` on it may be any."""
     if TMA:  # a descriptor of [batch, head, row, D], which gives zeros beyond its rows
-        return rows.load([batch, head, first, 0]).reshape(N, D)
+        return rows.load([batch, head, first, 0]).reshape(BLOCK_K, D)
     else:
         block = rows + tl.cast(batch, tl.int64) * stride[0] + tl.cast(first, tl.int64) * stride[1] + head * stride[2]
-        row_N = tl.arange(0, N)
-        block_ND = block + (row_N[:, None] * stride[1] + tl.arange(0, D)[None, :])
+        row_K = tl.arange(0, BLOCK_K)
+        block_KD = block + (row_K[:, None] * stride[1] + tl.arange(0, D)[None, :])
         if MASKED:
-            return tl.load(block_ND, mask=(first + row_N < last)[:, None], other=0.0)
+            return tl.load(block_KD, mask=(first + row_K < last)[:, None], other=0.0)
         else:
-            return tl.load(block_ND)
+            return tl.load(block_KD)
 
 
 @triton.jit
 def attend_block(
-    acc_MD, sum_M, max_M, query_MD, key, key_stride, value, value_stride,
-    batch, head, first, last, seen_M, scale, N: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    acc_XD, sum_X, max_X, query_XD, key, key_stride, value, value_stride,
+    batch, head, first, last, seen_X, scale, BLOCK_K: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One block of N keys. With MASKED, query row m sees the keys before seen_M[m]."""
-    D: tl.constexpr = query_MD.shape[1]
-    key_ND = load_rows(key, key_stride, batch, head, first, last, N, D, MASKED, TMA)
-    score_MN = tl.dot(query_MD, key_ND.T, input_precision="ieee")
+    """One block of BLOCK_K keys. With MASKED, query row x sees the keys before seen_X[x]."""
+    D: tl.constexpr = query_XD.shape[1]
+    key_KD = load_rows(key, key_stride, batch, head, first, last, BLOCK_K, D, MASKED, TMA)
+    score_XK = tl.dot(query_XD, key_KD.T, input_precision="ieee")
     if MASKED:
-        score_MN = tl.where((first + tl.arange(0, N))[None, :] < seen_M[:, None], score_MN, -float("inf"))
-    new_max_M = tl.maximum(max_M, tl.max(score_MN, 1) * scale)
-    weight_MN = tl.exp2(tl.fma(score_MN, scale, -new_max_M[:, None]))
-    decay_M = tl.exp2(max_M - new_max_M)
-    value_ND = load_rows(value, value_stride, batch, head, first, last, N, D, MASKED, TMA)
-    acc_MD = tl.dot(weight_MN.to(value_ND.dtype), value_ND, acc_MD * decay_M[:, None], input_precision="ieee")
-    return acc_MD, sum_M * decay_M + tl.sum(weight_MN, 1), new_max_M
+        score_XK = tl.where((first + tl.arange(0, BLOCK_K))[None, :] < seen_X[:, None], score_XK, -float("inf"))
+    new_max_X = tl.maximum(max_X, tl.max(score_XK, 1) * scale)
+    weight_XK = tl.exp2(tl.fma(score_XK, scale, -new_max_X[:, None]))
+    decay_X = tl.exp2(max_X - new_max_X)
+    value_KD = load_rows(value, value_stride, batch, head, first, last, BLOCK_K, D, MASKED, TMA)
+    acc_XD = tl.dot(weight_XK.to(value_KD.dtype), value_KD, acc_XD * decay_X[:, None], input_precision="ieee")
+    return acc_XD, sum_X * decay_X + tl.sum(weight_XK, 1), new_max_X
 
 
 @triton.jit
 def attend(
-    acc_MD, sum_M, max_M, query_MD, key, key_stride, value, value_stride,
-    batch, head, first, last, seen_M, seen_by_all, scale,
-    N: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    acc_XD, sum_X, max_X, query_XD, key, key_stride, value, value_stride,
+    batch, head, first, last, seen_X, seen_by_all, scale,
+    BLOCK_K: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Keys first..last-1, `first` a multiple of N: whole blocks that all query rows see without a mask, others with.
-
-    EVEN: all blocks are such.
-    """
-    whole = max(first, min(last, seen_by_all) // N * N)
-    for block in range(first, whole, N):
-        acc_MD, sum_M, max_M = attend_block(
-            acc_MD, sum_M, max_M, query_MD, key, key_stride, value, value_stride,
-            batch, head, block, last, seen_M, scale, N, False, TMA,
+    """Keys first..last-1 in blocks, `first` at the start of one. Whole blocks that all query rows see take no mask;
+    with EVEN there are no others."""
+    whole = max(first, min(last, seen_by_all) // BLOCK_K * BLOCK_K)
+    for block in range(first, whole, BLOCK_K):
+        acc_XD, sum_X, max_X = attend_block(
+            acc_XD, sum_X, max_X, query_XD, key, key_stride, value, value_stride,
+            batch, head, block, last, seen_X, scale, BLOCK_K, False, TMA,
         )  # fmt: skip
     if not EVEN:
-        for block in range(whole, last, N):
-            acc_MD, sum_M, max_M = attend_block(
-                acc_MD, sum_M, max_M, query_MD, key, key_stride, value, value_stride,
-                batch, head, block, last, seen_M, scale, N, True, TMA,
+        for block in range(whole, last, BLOCK_K):
+            acc_XD, sum_X, max_X = attend_block(
+                acc_XD, sum_X, max_X, query_XD, key, key_stride, value, value_stride,
+                batch, head, block, last, seen_X, scale, BLOCK_K, True, TMA,
             )  # fmt: skip
-    return acc_MD, sum_M, max_M
+    return acc_XD, sum_X, max_X
 
 
 @triton.jit
-def share(rows, split, splits, N: tl.constexpr):
-    """The rows of one of `splits` equal parts of `rows` rows, in blocks of N: first, last (excluded)."""
-    blocks = tl.cdiv(rows, N)
-    return blocks * split // splits * N, min(rows, blocks * (split + 1) // splits * N)
+def share(rows, split, splits, BLOCK_K: tl.constexpr):
+    """The rows of one of `splits` equal parts of `rows` rows, in blocks of BLOCK_K: first, last (excluded)."""
+    blocks = tl.cdiv(rows, BLOCK_K)
+    return blocks * split // splits * BLOCK_K, min(rows, blocks * (split + 1) // splits * BLOCK_K)
 
 
 @triton.jit
-def store(out_ptr, lse_ptr, row_M, is_row_M, acc_MD, sum_M, max_M, PARTIAL: tl.constexpr):
+def store(out_ptr, lse_ptr, row_X, is_row_X, acc_XD, sum_X, max_X, PARTIAL: tl.constexpr):
     """Weighted means to out [rows, D]; with PARTIAL their lse to [rows] too: -inf, and no mean, without keys."""
-    D: tl.constexpr = acc_MD.shape[1]
+    D: tl.constexpr = acc_XD.shape[1]
     if PARTIAL:
-        has_keys_M = sum_M > 0
-        sum_M = tl.where(has_keys_M, sum_M, 1.0)
-        tl.store(lse_ptr + row_M, tl.where(has_keys_M, max_M + tl.log2(sum_M), -float("inf")), mask=is_row_M)
-        is_row_M = is_row_M & has_keys_M
-    mean_MD = acc_MD / sum_M[:, None]
-    out_MD = out_ptr + row_M[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(out_MD, mean_MD.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None])
+        has_keys_X = sum_X != 0  # NaN stays
+        sum_X = tl.where(has_keys_X, sum_X, 1.0)
+        tl.store(lse_ptr + row_X, tl.where(has_keys_X, max_X + tl.log2(sum_X), -float("inf")), mask=is_row_X)
+        is_row_X = is_row_X & has_keys_X
+    mean_XD = acc_XD / sum_X[:, None]
+    out_XD = out_ptr + row_X[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(out_XD, mean_XD.to(out_ptr.dtype.element_ty), mask=is_row_X[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])

@@ -37,7 +37,7 @@ OWN_BLOCKS = 8  # least blocks of capacity that are worth a part: caches are sel
 def _attend_packed(
     query_ptr, query_stride, key, key_stride, value, value_stride, out_ptr, lse_ptr,
     batch, head, part, split, splits, rows, first_sequence, sequences, start, first_packed, B, T, scale,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of `sequences` sequences' packed query rows against a share of `rows` rows.
@@ -45,20 +45,20 @@ def _attend_packed(
     All queries see the first `start` of them, and token t sees t + 1 more where there are more.
     """
     Q: tl.constexpr = H // G
-    packed_M = first_packed + tl.arange(0, BLOCK_M)
-    is_row_M = packed_M < sequences * T * Q
-    b_M, t_M, h_M = locate(packed_M, T, H, G)
-    b_M += first_sequence
-    h_M += head * Q
-    query_MD = load_query(query_ptr, query_stride, b_M, t_M, h_M, is_row_M, D)
-    acc_MD, sum_M, max_M = no_keys(BLOCK_M, D)
-    first, last = share(rows, split, splits, BLOCK_N)
-    acc_MD, sum_M, max_M = attend(
-        acc_MD, sum_M, max_M, query_MD, key, key_stride, value, value_stride,
-        batch, head, first, last, tl.minimum(start + t_M + 1, rows), start, scale, BLOCK_N, EVEN, False,
+    packed_X = first_packed + tl.arange(0, BLOCK_X)
+    is_row_X = packed_X < sequences * T * Q
+    b_X, t_X, h_X = locate(packed_X, T, H, G)
+    b_X += first_sequence
+    h_X += head * Q
+    query_XD = load_query(query_ptr, query_stride, b_X, t_X, h_X, is_row_X, D)
+    acc_XD, sum_X, max_X = no_keys(BLOCK_X, D)
+    first, last = share(rows, split, splits, BLOCK_K)
+    acc_XD, sum_X, max_X = attend(
+        acc_XD, sum_X, max_X, query_XD, key, key_stride, value, value_stride,
+        batch, head, first, last, tl.minimum(start + t_X + 1, rows), start, scale, BLOCK_K, EVEN, False,
     )  # fmt: skip
-    row_M = ((part * B + b_M).to(tl.int64) * T + t_M) * H + h_M
-    store(out_ptr, lse_ptr, row_M, is_row_M, acc_MD, sum_M, max_M, True)
+    row_X = ((part * B + b_X).to(tl.int64) * T + t_X) * H + h_X
+    store(out_ptr, lse_ptr, row_X, is_row_X, acc_XD, sum_X, max_X, True)
 
 
 @triton.jit(do_not_specialize=["B", "T", "M", "S", "P", "memory_tiles", "memory_splits", "own_tiles", "own_splits"])
@@ -89,9 +89,9 @@ def decode_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_M_OWN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_X_OWN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -104,7 +104,7 @@ def decode_kernel(
         _attend_packed(
             query_ptr, query_stride, memory_key_ptr, memory_key_stride, memory_value_ptr, memory_value_stride,
             mean_ptr, lse_ptr, pool, head, split, split, memory_splits, M, pool * N, N, M,
-            program % memory_tiles * BLOCK_M, B, T, scale, H, G, D, BLOCK_M, BLOCK_N, EVEN,
+            program % memory_tiles * BLOCK_X, B, T, scale, H, G, D, BLOCK_X, BLOCK_K, EVEN,
         )  # fmt: skip
     else:
         program -= memory_programs
@@ -115,7 +115,7 @@ def decode_kernel(
         _attend_packed(
             query_ptr, query_stride, key_ptr, key_stride, value_ptr, value_stride,
             mean_ptr, lse_ptr, b, head, memory_splits + split, split, own_splits, min(start + T, S), b, 1, start,
-            program % own_tiles * BLOCK_M_OWN, B, T, scale, H, G, D, BLOCK_M_OWN, BLOCK_N, False,
+            program % own_tiles * BLOCK_X_OWN, B, T, scale, H, G, D, BLOCK_X_OWN, BLOCK_K, False,
         )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def decode_attention(
     arguments = [x for t in (query, memory_key, memory_value, key, value) for x in (t, t.stride()[:3])]
     decode_kernel[grid](
         *arguments, start, mean, lse, B, T, M, S, P, memory_tiles, memory_splits, own_tiles, own_splits,
-        D**-0.5 * LOG2_E, H=H, G=G, D=D, BLOCK_M=tile.rows, BLOCK_M_OWN=own_rows, BLOCK_N=tile.keys,
+        D**-0.5 * LOG2_E, H=H, G=G, D=D, BLOCK_X=tile.rows, BLOCK_X_OWN=own_rows, BLOCK_K=tile.keys,
         EVEN=M % tile.keys == 0, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     combine(mean, lse, out)

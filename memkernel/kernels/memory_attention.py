@@ -60,41 +60,41 @@ def prefill_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
     TMA: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
     Q: tl.constexpr = H // G
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last tokens see most: start with them
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_X  # the last tokens see most: start with them
     head = tl.program_id(1)
     b = tl.program_id(2) % B
     split = tl.program_id(2) // B
-    packed_M = first_row + tl.arange(0, BLOCK_M)
-    is_row_M = packed_M < T * Q
-    _, t_M, h_M = locate(packed_M, T, H, G)
-    h_M += head * Q
-    b_M = tl.zeros_like(t_M) + b
-    query_MD = load_query(query_ptr, query_stride, b_M, t_M, h_M, is_row_M, D)
-    acc_MD, sum_M, max_M = no_keys(BLOCK_M, D)
+    packed_X = first_row + tl.arange(0, BLOCK_X)
+    is_row_X = packed_X < T * Q
+    _, t_X, h_X = locate(packed_X, T, H, G)
+    h_X += head * Q
+    b_X = tl.zeros_like(t_X) + b
+    query_XD = load_query(query_ptr, query_stride, b_X, t_X, h_X, is_row_X, D)
+    acc_XD, sum_X, max_X = no_keys(BLOCK_X, D)
 
-    first, last = share(M, split, splits, BLOCK_N)
-    acc_MD, sum_M, max_M = attend(
-        acc_MD, sum_M, max_M, query_MD, memory_key, memory_key_stride, memory_value, memory_value_stride,
-        b // N, head, first, last, M + tl.zeros_like(t_M), M, scale, BLOCK_N, EVEN, TMA,
+    first, last = share(M, split, splits, BLOCK_K)
+    acc_XD, sum_X, max_X = attend(
+        acc_XD, sum_X, max_X, query_XD, memory_key, memory_key_stride, memory_value, memory_value_stride,
+        b // N, head, first, last, M + tl.zeros_like(t_X), M, scale, BLOCK_K, EVEN, TMA,
     )  # fmt: skip
 
     start = tl.load(start_ptr + b)
-    last_token = min(first_row + BLOCK_M - 1, T * Q - 1) // Q
-    first, last = share(min(start + last_token + 1, S), split, splits, BLOCK_N)
-    acc_MD, sum_M, max_M = attend(
-        acc_MD, sum_M, max_M, query_MD, key, key_stride, value, value_stride,
-        b, head, first, last, start + t_M + 1, start + first_row // Q + 1, scale, BLOCK_N, False, TMA,
+    last_token = min(first_row + BLOCK_X - 1, T * Q - 1) // Q
+    first, last = share(min(start + last_token + 1, S), split, splits, BLOCK_K)
+    acc_XD, sum_X, max_X = attend(
+        acc_XD, sum_X, max_X, query_XD, key, key_stride, value, value_stride,
+        b, head, first, last, start + t_X + 1, start + first_row // Q + 1, scale, BLOCK_K, False, TMA,
     )  # fmt: skip
 
-    row_M = ((split * B + b_M).to(tl.int64) * T + t_M) * H + h_M
-    store(out_ptr, lse_ptr, row_M, is_row_M, acc_MD, sum_M, max_M, PARTIAL)
+    row_X = ((split * B + b_X).to(tl.int64) * T + t_X) * H + h_X
+    store(out_ptr, lse_ptr, row_X, is_row_X, acc_XD, sum_X, max_X, PARTIAL)
 
 
 def _descriptors_fit(*tensors: Tensor) -> bool:
@@ -132,7 +132,7 @@ def prefill_attention(
     grid = (triton.cdiv(T * (H // G), tile.rows), G, B * splits)
     prefill_kernel[grid](
         query, query.stride()[:3], *arguments, start, written, lse, B, T, M, S, B // P, splits, D**-0.5 * LOG2_E,
-        H=H, G=G, D=D, BLOCK_M=tile.rows, BLOCK_N=tile.keys, EVEN=M % tile.keys == 0, TMA=tma, PARTIAL=splits > 1,
+        H=H, G=G, D=D, BLOCK_X=tile.rows, BLOCK_K=tile.keys, EVEN=M % tile.keys == 0, TMA=tma, PARTIAL=splits > 1,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
