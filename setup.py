@@ -1,11 +1,13 @@
-"""Build script of the CPU extension; the metadata stands in pyproject.toml.
+"""Build script of the extensions; the metadata stands in pyproject.toml.
 
-csrc/*.cpp is compiled once, csrc/cpu/*.cpp once per instruction set. Where that fails (no compiler, no torch headers)
-memkernel is installed without the extension and computes with its reference ops.
+For CPUs csrc/*.cpp is compiled once, csrc/cpu/*.cpp once per instruction set; csrc/cuda/ only where there are nvcc and
+a CUDA build of torch. Where that fails (no compiler, no torch headers) memkernel is installed without the extension and
+computes with its other ops.
 """
 
 import os
 import platform
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
@@ -29,23 +31,40 @@ FLAGS = [
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISAS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+NVCC_FLAGS = [
+    "-shared",
+    "-O3",
+    "-std=c++17",
+    "-arch=all-major",
+    "-cudart=static",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 if platform.machine() not in ("x86_64", "AMD64"):
     ISAS = {"portable": []}
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler, where the extensions are for a torch that has CUDA."""
+    torch = torch_folder()
+    return shutil.which("nvcc") if torch and (torch / "lib/libtorch_cuda.so").exists() else None
 
 
 class Build(build_ext):
     def run(self):
         self.force = True  # flags may have changed, which no time stamp tells
-        built = [Path(self.build_lib) / self.get_ext_filename("memkernel._C")]
-        built += [Path(self.get_ext_fullpath("memkernel._C"))] * bool(self.inplace)
-        for path in built:  # if this build fails, no older one must be left to be used
-            path.unlink(missing_ok=True)
+        for name in [extension.name for extension in self.extensions]:
+            built = [Path(self.build_lib) / self.get_ext_filename(name)]
+            built += [Path(self.get_ext_fullpath(name))] * bool(self.inplace)
+            for path in built:  # if this build fails, no older one must be left to be used
+                path.unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, extension):
         torch = torch_folder()
         if torch is None:
             raise CompileError("found no torch >= 2.10, whose headers the extension needs")
+        if extension.name == "memkernel._cuda":
+            return self.build_cuda(extension, torch)
         extension.include_dirs = [str(torch / "include")]
         extension.library_dirs, extension.libraries = [str(torch / "lib")], ["torch_cpu"]
         jobs = [(source, "once", []) for source in sorted(glob("csrc/*.cpp"))]
@@ -67,19 +86,31 @@ class Build(build_ext):
         extension.sources, extension.extra_objects = [], objects
         super().build_extension(extension)
 
+    def build_cuda(self, extension, torch: Path):
+        path = Path(self.get_ext_fullpath(extension.name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        macros = [f"-D{name}={value}" for name, value in [*extension.define_macros, ("USE_CUDA", "1")]]
+        includes = [f"-I{folder}" for folder in (torch / "include", *self.include_dirs)]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch_cuda"]
+        self.spawn([nvcc(), *NVCC_FLAGS, *macros, *includes, *extension.sources, *libraries, "-o", str(path)])
+
+
+def extension(name: str, *folders: str) -> Extension:
+    return Extension(
+        f"memkernel.{name}",
+        sources=[
+            source for folder in folders for kind in ("cpp", "cu") for source in sorted(glob(f"{folder}/*.{kind}"))
+        ],
+        depends=[header for folder in folders for header in glob(f"{folder}/*.h")],
+        define_macros=[("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
+        py_limited_api=True,
+        language="c++",
+        optional=True,
+    )
+
 
 setup(
-    ext_modules=[
-        Extension(
-            "memkernel._C",
-            sources=[*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp")],
-            depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*.h")],
-            define_macros=[("Py_LIMITED_API", "0x030A0000"), ("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            py_limited_api=True,
-            language="c++",
-            optional=True,
-        )
-    ],
+    ext_modules=[extension("_C", "csrc", "csrc/cpu"), *([extension("_cuda", "csrc/cuda")] if nvcc() else [])],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

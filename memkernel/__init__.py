@@ -8,7 +8,7 @@ engine.generate("What fruit does David like? Answer:").text
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["Completion", "Engine", "Memory", "ModelConfig", "SamplingParams", "Update", "ops", "reference"]
+__all__ = ["Completion", "Engine", "Memory", "ModelConfig", "SamplingParams", "Update", "kernels", "ops", "reference"]
 
 _HOMES = {
     "Completion": "request",
@@ -24,6 +24,6 @@ def __getattr__(name: str):
     """Import on first use, so that `memkernel --help` answers without torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"memkernel.{_HOMES[name]}"), name)
-    if name in ("ops", "reference"):
+    if name in ("kernels", "ops", "reference"):
         return importlib.import_module(f"memkernel.{name}")
     raise AttributeError(f"module 'memkernel' has no attribute {name!r}")

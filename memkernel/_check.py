@@ -1,4 +1,5 @@
-"""The one argument checker: errors that name the argument, what was expected and what came."""
+"""The contracts of the ops, checked by every implementation: errors that name the argument, what was expected and what
+came. One function per op, of the op's name, over the tensors and sizes that its contract speaks of."""
 
 import torch
 from torch import Tensor
@@ -10,3 +11,96 @@ def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     if not fits or tensor.dtype != dtype or tensor.device != device:
         came = f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
         raise ValueError(f"{name}: expected {list(shape)} {dtype} on {device}, got {came}")
+
+
+def expect_at_least_0(name: str, value: int) -> None:
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> None:
+    expect("weight", weight, x.shape[-1:], x.dtype, x.device)
+
+
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+    expect("x", x, residual.shape, residual.dtype, residual.device)
+    rms_norm(residual, weight)
+
+
+def swiglu(gate_up: Tensor) -> None:
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up: expected an even last dimension (two halves), got {list(gate_up.shape)}")
+
+
+def rope_write_(
+    cache_key: Tensor,
+    cache_value: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    start: Tensor,
+    offset: int,
+) -> None:
+    B, S, G, D = cache_key.shape
+    T, Tq, H = key.shape[1], query.shape[1], query.shape[2]
+    dtype, device = cache_key.dtype, cache_key.device
+    expect("cache_value", cache_value, (B, S, G, D), dtype, device)
+    expect("query", query, (B, min(Tq, T), H, D), dtype, device)
+    expect("key", key, (B, min(T, S), G, D), dtype, device)
+    expect("value", value, (B, T, G, D), dtype, device)
+    expect("cos", cos, (-1, D // 2), torch.float32, device)
+    expect("sin", sin, cos.shape, torch.float32, device)
+    expect("start", start, (B,), torch.int32, device)
+    expect_at_least_0("offset", offset)
+
+
+def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin: Tensor, offset: int) -> None:
+    expect("key", key, rotated.shape, rotated.dtype, rotated.device)
+    expect("rank", rank, rotated.shape[:-2], torch.int32, rotated.device)
+    expect("cos", cos, (-1, rotated.shape[-1] // 2), torch.float32, rotated.device)
+    expect("sin", sin, cos.shape, torch.float32, rotated.device)
+    expect_at_least_0("offset", offset)
+
+
+def memory_attention(
+    query: Tensor, memory_key: Tensor, memory_value: Tensor, key: Tensor, value: Tensor, start: Tensor
+) -> None:
+    B, T, H, D = query.shape
+    P, M, G, _ = memory_key.shape
+    S = key.shape[1]
+    if B % P or H % G:
+        raise ValueError(f"query: expected a batch divisible by {P} pools and heads by {G}, got {list(query.shape)}")
+    dtype, device = query.dtype, query.device
+    expect("memory_key", memory_key, (P, M, G, D), dtype, device)
+    expect("memory_value", memory_value, (P, M, G, D), dtype, device)
+    expect("key", key, (B, max(S, T), G, D), dtype, device)
+    expect("value", value, (B, S, G, D), dtype, device)
+    expect("start", start, (B,), torch.int32, device)
+
+
+def draw_ranks(state: Tensor, rows: int, count: int) -> None:
+    expect("state", state, (2,), torch.int64, state.device)
+    if not 0 <= count <= rows or rows > 1 << 31:
+        raise ValueError(f"count: expected 0 to {rows} of {rows} rows, got {count}")
+
+
+def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped: Tensor) -> None:
+    (L, M), W = rank.shape, dropped.shape[1]
+    expect("rank", rank, (L, M), torch.int32, rank.device)
+    expect("dropped", dropped, (L, min(W, M)), torch.int32, rank.device)
+    pools_and_rows(pools, rows, rank, W)
+
+
+def pools_and_rows(pools: list[Tensor], rows: list[Tensor], rank: Tensor, W: int) -> None:
+    L, M = rank.shape
+    if len(pools) != len(rows):
+        raise ValueError(f"rows: expected one tensor for each of {len(pools)} pools, got {len(rows)}")
+    for i, (pool, new) in enumerate(zip(pools, rows, strict=True)):
+        expect(f"pools[{i}]", pool, (L, M, *pool.shape[2:]), pool.dtype, rank.device)
+        expect(f"rows[{i}]", new, (L, W, *pool.shape[2:]), pool.dtype, rank.device)
+
+
+def linear(x: Tensor, weight: Tensor) -> None:
+    expect("weight", weight, (-1, x.shape[-1]), x.dtype, x.device)

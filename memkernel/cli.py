@@ -254,6 +254,8 @@ def _env(args: argparse.Namespace) -> None:
     names = [name for name, op in vars(ops).items() if isinstance(op, torch._ops.OpOverload)]
     has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, device.type.upper()
     facts["cpu kernels"] = f"{native.isa()}, of {', '.join(native.isas())}" if native.isas() else native.WHY_NOT
+    if torch.cuda.is_available():
+        facts["cuda kernels"] = ops.WHY_NO_TRITON or f"triton {sys.modules['triton'].__version__}"
     native_names = [name for name in names if has_kernel(f"memkernel::{name}", key)]
     facts["ops"] = {name: f"{key} kernel" if name in native_names else "reference (plain PyTorch)" for name in names}
     report(facts | {"environment": collect_env.get_pretty_env_info()}, args.json)

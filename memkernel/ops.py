@@ -1,18 +1,26 @@
 """The public ops, registered once in the `memkernel` torch library under the names and signatures of `reference`.
 
 PyTorch's dispatcher picks the implementation by the tensors' device. The reference is registered for every device; a
-kernel registered under a device's own key (CPU: csrc/bindings.cpp) takes precedence there, and hands calls that it does
-not cover, such as float64, to `memkernel_reference::<name>`. `torch.ops.memkernel.<name>` and the
-functions here are the same ops: torch.compile traces them, and other serving stacks can embed them. They are for
-inference: gradients go through `memkernel.reference`.
+kernel registered under a device's own key (CPU: csrc/bindings.cpp; CUDA: `memkernel.kernels`, where there is Triton)
+takes precedence there, and hands calls that it does not cover, such as float64, to the reference (C++ finds it under
+`memkernel_reference::<name>`). `torch.ops.memkernel.<name>` and the functions here are the same ops: torch.compile
+traces them, other serving stacks can embed them. They are for inference: gradients go through `memkernel.reference`.
 
 Argument shapes, dtypes and what is written: see the function of the same name in `memkernel.reference`.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
 from memkernel import native, reference  # noqa: F401 - native registers its kernels
+
+WHY_NO_TRITON = None  # why CUDA devices run the reference
+try:
+    from memkernel import kernels
+except ImportError as error:
+    kernels, WHY_NO_TRITON = None, f"Triton cannot be imported: {error}"
 
 # A library unregisters when collected: these must live as long as the module.
 LIBRARY = torch.library.Library("memkernel", "DEF")
@@ -26,7 +34,23 @@ def _register(name: str, fake, writes: tuple[str, ...] = ()):
         library.define(name + torch.library.infer_schema(function, mutates_args=writes))
         library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"memkernel::{name}", fake, lib=LIBRARY)
+    if kernels:
+        LIBRARY.impl(name, _on_its_device(getattr(kernels, name)), "CUDA")
     return getattr(torch.ops.memkernel, name).default
+
+
+def _on_its_device(function):
+    """Triton launches on the current device, which need not be the one where the arguments are."""
+
+    @functools.wraps(function)
+    def call(*args):
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device
+        if device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
+
+    return call
 
 
 def _like(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memkernel._check import expect
+from memkernel import _check
 
 MASK_32 = 0xFFFFFFFF
 FEISTEL_ROUNDS = 12
@@ -23,17 +23,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _expect_at_least_0(name: str, value: int) -> None:
-    if value < 0:
-        raise ValueError(f"{name}: expected at least 0, got {value}")
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps), rounded to x's dtype, times weight.
 
     Args: x [..., E]; weight [E], dtype of x. Returns [..., E], dtype of x.
     """
-    expect("weight", weight, x.shape[-1:], x.dtype, x.device)
+    _check.rms_norm(x, weight)
     wide = _wide(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed.to(x.dtype) * weight).contiguous()
@@ -44,7 +39,7 @@ def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
 
     Args: residual [..., E], written; x [..., E]; weight [E]; one dtype. Returns [..., E].
     """
-    expect("x", x, residual.shape, residual.dtype, residual.device)
+    _check.add_rms_norm_(residual, x, weight)
     residual.add_(x)
     return rms_norm(residual, weight, eps)
 
@@ -54,8 +49,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Args: gate_up [..., 2F], gate first. Returns [..., F], same dtype.
     """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up: expected an even last dimension (two halves), got {list(gate_up.shape)}")
+    _check.swiglu(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate) * up).contiguous()
 
@@ -91,17 +85,8 @@ def rope_write_(
         offset: position of cache row 0.
     Returns: [B, Tq, H, D] contiguous, dtype of query.
     """
-    B, S, G, D = cache_key.shape
-    T, Tq, H = key.shape[1], query.shape[1], query.shape[2]
-    like = (cache_key.dtype, cache_key.device)
-    expect("cache_value", cache_value, (B, S, G, D), *like)
-    expect("query", query, (B, min(Tq, T), H, D), *like)
-    expect("key", key, (B, min(T, S), G, D), *like)
-    expect("value", value, (B, T, G, D), *like)
-    expect("cos", cos, (-1, D // 2), torch.float32, like[1])
-    expect("sin", sin, cos.shape, torch.float32, like[1])
-    expect("start", start, (B,), torch.int32, like[1])
-    _expect_at_least_0("offset", offset)
+    _check.rope_write_(cache_key, cache_value, query, key, value, cos, sin, start, offset)
+    (B, T), Tq = key.shape[:2], query.shape[1]
     row_BT = start.long()[:, None] + torch.arange(T, device=key.device)
     cos_BT1D, sin_BT1D = cos[row_BT + offset].unsqueeze(2), sin[row_BT + offset].unsqueeze(2)
     sequence_B1 = torch.arange(B, device=key.device)[:, None]
@@ -120,11 +105,7 @@ def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin:
         rotated: [..., M, G, D], written. key: same shape and dtype. rank: [..., M] int32.
         cos, sin: [positions, D/2] float32, at least offset + M positions.
     """
-    expect("key", key, rotated.shape, rotated.dtype, rotated.device)
-    expect("rank", rank, rotated.shape[:-2], torch.int32, rotated.device)
-    expect("cos", cos, (-1, rotated.shape[-1] // 2), torch.float32, rotated.device)
-    expect("sin", sin, cos.shape, torch.float32, rotated.device)
-    _expect_at_least_0("offset", offset)
+    _check.rotate_memory_(rotated, key, rank, cos, sin, offset)
     position = rank.long() + offset
     rotated.copy_(_rotate(key, cos[position].unsqueeze(-2), sin[position].unsqueeze(-2)))
 
@@ -150,17 +131,10 @@ def memory_attention(
         start: [B] int32, own rows before the first query; start[b] + T <= S, not checked on the device.
     Returns: [B, T, H, D] contiguous, dtype of query.
     """
+    _check.memory_attention(query, memory_key, memory_value, key, value, start)
     B, T, H, D = query.shape
     P, M, G, _ = memory_key.shape
     S = key.shape[1]
-    if B % P or H % G:
-        raise ValueError(f"query: expected a batch divisible by {P} pools and heads by {G}, got {list(query.shape)}")
-    like = (query.dtype, query.device)
-    expect("memory_key", memory_key, (P, M, G, D), *like)
-    expect("memory_value", memory_value, (P, M, G, D), *like)
-    expect("key", key, (B, max(S, T), G, D), *like)
-    expect("value", value, (B, S, G, D), *like)
-    expect("start", start, (B,), torch.int32, query.device)
     # One tall product per (pool, key/value head); its rows are the queries of all sequences and heads that share it.
     N, R = B // P, T * H // G
     query_BGRD = _wide(query).unflatten(2, (G, H // G)).permute(0, 2, 1, 3, 4).reshape(B, G, R, D) * D**-0.5
@@ -203,9 +177,7 @@ def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) 
         state: [2] int64, (seed, step). shared: one draw for all layers (that of layer 0).
     Returns: [layers, count] int32, in the order drawn, on state's device.
     """
-    expect("state", state, (2,), torch.int64, state.device)
-    if not 0 <= count <= rows or rows > 1 << 31:
-        raise ValueError(f"count: expected 0 to {rows} of {rows} rows, got {count}")
+    _check.draw_ranks(state, rows, count)
     words = torch.stack([state[0], state[0] >> 32, state[1], state[1] >> 32]) & MASK_32
     layer_L1 = torch.arange(1 if shared else layers, device=state.device)[:, None]
     seed_L1 = _mix(layer_L1 + 0x9E3779B9 & MASK_32)
@@ -240,15 +212,9 @@ def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped
         rank: [L, M] int32, a permutation of 0..M-1 per layer, written.
         dropped: [L, W] int32, distinct ranks per layer; not checked on the device.
     """
+    _check.memory_write_(pools, rank, rows, dropped)
     L, M = rank.shape
     W = dropped.shape[1]
-    expect("rank", rank, (L, M), torch.int32, rank.device)
-    expect("dropped", dropped, (L, min(W, M)), torch.int32, rank.device)
-    if len(pools) != len(rows):
-        raise ValueError(f"rows: expected one tensor for each of {len(pools)} pools, got {len(rows)}")
-    for i, (pool, new) in enumerate(zip(pools, rows, strict=True)):
-        expect(f"pools[{i}]", pool, (L, M, *pool.shape[2:]), pool.dtype, rank.device)
-        expect(f"rows[{i}]", new, (L, W, *pool.shape[2:]), pool.dtype, rank.device)
     layer_L1 = torch.arange(L, device=rank.device)[:, None]
     dropped_LW, rank_LM = dropped.long(), rank.long()
     slot_of_rank_LM = torch.empty_like(rank_LM).scatter_(1, rank_LM, torch.arange(M, device=rank.device).expand(L, M))
@@ -266,5 +232,5 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Args: x [..., in]; weight [out, in], dtype of x. Returns [..., out], dtype of x.
     """
-    expect("weight", weight, (-1, x.shape[-1]), x.dtype, x.device)
+    _check.linear(x, weight)
     return F.linear(x, weight)

@@ -1,7 +1,12 @@
 """Shared fixtures. Nothing here needs a GPU or a network."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which memkernel does
 
 from memkernel import tiny
 
