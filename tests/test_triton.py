@@ -108,6 +108,12 @@ def test_float64_is_computed_by_the_reference(name):
     assert all(torch.equal(a, b) for a, b in zip(flat([got, *mine]), flat([want, *theirs]), strict=True))
 
 
+def test_rows_too_long_for_a_program_are_the_reference():
+    x, weight = torch.randn(2, 16385), torch.rand(16385)
+    got = kernels.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-5)
+    assert torch.equal(got, reference.rms_norm(x.to(DEVICE), weight.to(DEVICE), 1e-5))
+
+
 @pytest.mark.parametrize(
     "rows, count", [(0, 0), (1, 1), (2, 1), (5, 5), (33, 32), (100, 7), (12800, 256), (12801, 0), (2**31, 3)]
 )
