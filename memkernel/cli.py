@@ -245,7 +245,7 @@ def _env(args: argparse.Namespace) -> None:
     import torch
     from torch.utils import collect_env
 
-    from memkernel import native, ops
+    from memkernel import cuda, native, ops
     from memkernel.devices import choose
 
     device, dtype, chosen = choose(args.device, args.dtype)
@@ -256,6 +256,7 @@ def _env(args: argparse.Namespace) -> None:
     facts["cpu kernels"] = f"{native.isa()}, of {', '.join(native.isas())}" if native.isas() else native.WHY_NOT
     if torch.cuda.is_available():
         facts["cuda kernels"] = ops.WHY_NO_TRITON or f"triton {sys.modules['triton'].__version__}"
+        facts["cuda c++ write"] = cuda.WHY_NOT or "built; memkernel.cuda.draw_and_write_"
     native_names = [name for name in names if has_kernel(f"memkernel::{name}", key)]
     facts["ops"] = {name: f"{key} kernel" if name in native_names else "reference (plain PyTorch)" for name in names}
     report(facts | {"environment": collect_env.get_pretty_env_info()}, args.json)

@@ -60,6 +60,7 @@ CASES = {
     "draw 3 of 2^31": draw(3, 2**31, 3),
     "draw 1 of 2": draw(1, 2, 1),
     "write of single bytes": write(torch.bool, 1, 1, 1, (1,)),
+    "write of ranks alone": write(torch.int16, 3, 40, 7),
     "write of 4 pools, ragged": write(torch.int16, 3, 12801, 7, (), (3,), (5, 3), (4096,)),
 } | {
     f"{name} {str(dtype)[6:]}": case(dtype, *sizes)

@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import torch
 
-from memkernel import Engine, __version__, demo, memory_file, native, ops, tiny
+from memkernel import Engine, __version__, cuda, demo, memory_file, native, ops, tiny
 from memkernel.cli import main
 from memkernel.config import ModelConfig
 from memkernel.weights import expected_shapes
@@ -282,6 +282,15 @@ def test_env_tells_a_native_kernel_from_the_reference(run, monkeypatch):
     facts = json.loads(run("env", *CPU, "--json")[1])
     assert facts["cpu kernels"] == (native.WHY_NOT or f"{native.isa()}, of {', '.join(native.isas())}")
     assert facts["ops"]["swiglu"] == ("CPU kernel" if native.isas() else "reference (plain PyTorch)")
+
+
+def test_env_says_which_cuda_kernels_there_are(run, monkeypatch):
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "the environment")
+    assert "cuda kernels" not in json.loads(run("env", *CPU, "--json")[1]) or torch.cuda.is_available()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    facts = json.loads(run("env", *CPU, "--json")[1])
+    assert facts["cuda kernels"] == (ops.WHY_NO_TRITON or f"triton {metadata.version('triton')}")
+    assert facts["cuda c++ write"] == (cuda.WHY_NOT or "built; memkernel.cuda.draw_and_write_")
 
 
 def test_without_the_extension_the_ops_are_the_reference():

@@ -1,6 +1,7 @@
 """csrc/cuda/memory_write.cu: compiled for GPUs that are not there, run on host threads, and on a GPU where one is."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ import torch
 from memkernel import cuda, reference
 from tests.cases import SENTINEL, permutations
 
-SOURCE = Path(__file__).parents[1] / "csrc/cuda/memory_write.cu"
+TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "csrc/cuda/memory_write.cu"
 needs_kernel = pytest.mark.skipif(
     bool(cuda.WHY_NOT) or not torch.cuda.is_available(), reason=cuda.WHY_NOT or "needs a CUDA device"
 )
@@ -86,15 +88,24 @@ class DrawAndWrite(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def on_threads(tmp_path_factory):
-    """The launcher, compiled for host threads."""
+def compile_for_threads(tmp_path_factory):
     probe = ["g++", "-std=c++20", "-fsyntax-only", "-include", "barrier", "-x", "c++", "/dev/null"]
     if not shutil.which("g++") or subprocess.run(probe, capture_output=True).returncode:
         pytest.skip("needs a g++ with C++20's barriers")
-    library = tmp_path_factory.mktemp("cuda") / "on_threads.so"
-    header = Path(__file__).with_name("cuda_on_threads.h")
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-include", header, "-x", "c++"]
-    subprocess.run(["g++", *flags, SOURCE, "-o", library], check=True)
+
+    def compile(source, *flags):
+        output = tmp_path_factory.mktemp("cuda") / source.stem
+        command = ["g++", "-std=c++20", "-O1", "-pthread", *flags, "-x", "c++", source, "-o", output]
+        subprocess.run(command, check=True, capture_output=True)
+        return output
+
+    return compile
+
+
+@pytest.fixture(scope="module")
+def on_threads(compile_for_threads):
+    """The launcher, compiled for host threads."""
+    library = compile_for_threads(SOURCE, "-shared", "-fPIC", "-include", TESTS / "cuda_on_threads.h")
     launch = ctypes.CDLL(library).memkernel_draw_and_write
 
     def write(pools, rank, rows, state, shared):
@@ -112,6 +123,27 @@ def on_threads(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "131072-rows"])  # a minute of barriers
 def test_on_host_threads(on_threads, name):
     assert_writes_what_the_reference_writes(on_threads, "cpu", *CASES[name])
+
+
+@pytest.mark.parametrize("barrier", [None, 0, 1, 2, 3, 4])
+def test_has_no_races_and_no_barrier_too_many(compile_for_threads, barrier, tmp_path):
+    """ThreadSanitizer is content with the kernel, and with no version that lacks one of its barriers."""
+    parts = SOURCE.read_text().split("  __syncthreads();\n")
+    assert len(parts) == 6
+    if barrier is not None:
+        parts[barrier : barrier + 2] = [parts[barrier] + parts[barrier + 1]]
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "csrc/cuda/memory_write.cu").write_text("  __syncthreads();\n".join(parts))
+    for file in (SOURCE.with_suffix(".h"), TESTS / "cuda_on_threads.h", TESTS / "cuda_races.cpp"):
+        shutil.copy(file, tmp_path / file.relative_to(TESTS.parent))
+    program = compile_for_threads(tmp_path / "tests/cuda_races.cpp", "-fsanitize=thread", "-g")
+    at_first = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}  # what is read too early may make a search endless
+    done = subprocess.run([program], capture_output=True, text=True, env=at_first, timeout=300)
+    if "FATAL: ThreadSanitizer" in done.stderr:
+        pytest.skip(f"ThreadSanitizer does not run here: {done.stderr}")
+    assert ("WARNING: ThreadSanitizer: data race" in done.stderr) == (barrier is not None), done.stderr
+    assert done.returncode == (0 if barrier is None else 66)
 
 
 def test_refuses_what_does_not_fit_a_block(on_threads):

@@ -1,10 +1,10 @@
-"""The random-drop write on the device: draw, close the ranks, scatter. Three launches for all layers, no sync.
+"""The random-drop write on the device: draw, close the ranks, write the rows. Three launches for all layers, no sync.
 
 Bytes at the 8B shape (L 32, W 256, G D 1024, bfloat16, K and V): 33.6 MB of rows read and as many written, about 16 us
-at 4.3 TB/s; ranks and their scratch, 6 passes over L M integers, 10 MB that stay in the second-level cache. The rest is
-latency: the draw depends on nothing, closing the ranks is serial within a layer, the scatter fills the device.
+at 4.3 TB/s; ranks and their scratch, 4 passes over L M integers, 6.6 MB that stay in the second-level cache. The rest
+is three launches and their latencies.
 
-Nothing here is of a pool's size: the scratch is [L, M] and [L, W] int32.
+No program of a launch reads what another one writes, and nothing here is of a pool's size: the scratch is [L, M] int32.
 """
 
 import torch
@@ -16,9 +16,11 @@ from memkernel import _check, reference
 
 FEISTEL_ROUNDS = tl.constexpr(reference.FEISTEL_ROUNDS)
 DRAW_BLOCK = 32  # one warp: lanes wait for each other's cycle walks, so the fewer the better
-RANK_BLOCK = 4096
-SCATTER_BLOCK = 512  # words of a row: a 2 KB key row in one step of 128 threads, 16 bytes each
-SCATTER_POOLS = 3  # keys, values and hidden states go in one launch
+RANK_BLOCK = 1024
+DROPPED_BLOCK = 256
+SLOT_BLOCK = 128  # at the 8B shape 2.6 of them take new rows, and there are 3200 programs
+WORD_BLOCK = 512  # words of a row: a 2 KB key in one step of 128 threads, 16 bytes each
+POOLS = 3  # of a launch: keys, values, hidden states
 
 
 @triton.jit
@@ -68,71 +70,69 @@ def draw_ranks_kernel(
 
 @triton.jit
 def close_ranks_kernel(
-    rank_ptr,  # [L, M] int32, read and written
-    rank_stride_L,
     dropped_ptr,  # [L, W] int32
-    closed_ptr,  # [L, M] int32, scratch: the new rank of each old rank
-    slot_ptr,  # [L, W] int32, written: the slot that new row w takes
+    closed_ptr,  # [L, M] int32, written: the new rank of each old rank
     M,
     W,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """One program a layer, so that no program reads what another writes. Within it barriers part the passes: a store to
-    global memory is seen by the block's other threads after one."""
-    layer = tl.program_id(0).to(tl.int64)
-    rank_ptr += layer * rank_stride_L
-    closed_ptr += layer * M
+    """A program closes BLOCK_M ranks of a layer: of the dropped it counts those below its own, and marks its own."""
+    first, layer = tl.program_id(0) * BLOCK_M, tl.program_id(1).to(tl.int64)
     dropped_ptr += layer * W
-    slot_ptr += layer * W
-    offset = tl.arange(0, BLOCK)
-
-    for start in range(0, M, BLOCK):
-        tl.store(closed_ptr + start + offset, tl.zeros([BLOCK], tl.int32), mask=start + offset < M)
-    tl.debug_barrier()
-    for start in range(0, W, BLOCK):
-        w = start + offset
-        dropped = tl.load(dropped_ptr + w, mask=w < W, other=0)
-        tl.store(closed_ptr + dropped, w + 1, mask=w < W)
-    tl.debug_barrier()
-    survivors = 0
-    for start in range(0, M, BLOCK):
-        old = start + offset
-        mark = tl.load(closed_ptr + old, mask=old < M, other=1)
-        survives = (mark == 0).to(tl.int32)
-        closed = tl.where(mark == 0, survivors + tl.cumsum(survives, axis=0) - 1, M - W - 1 + mark)
-        tl.store(closed_ptr + old, closed, mask=old < M)
-        survivors += tl.sum(survives, axis=0)
-    tl.debug_barrier()
-    for start in range(0, M, BLOCK):
-        slot = start + offset
-        old = tl.load(rank_ptr + slot, mask=slot < M, other=0)
-        closed = tl.load(closed_ptr + old, mask=slot < M, other=0)
-        tl.store(rank_ptr + slot, closed, mask=slot < M)
-        tl.store(slot_ptr + (closed - (M - W)), slot, mask=(slot < M) & (closed >= M - W))
+    closed_ptr += layer * M
+    below = 0
+    is_dropped_M = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(0, W, BLOCK_W):
+        w = start + tl.arange(0, BLOCK_W)
+        dropped_W = tl.load(dropped_ptr + w, mask=w < W, other=M)
+        below += tl.sum((dropped_W < first).to(tl.int32), axis=0)
+        is_mine_W = (dropped_W >= first) & (dropped_W < first + BLOCK_M) & (w < W)
+        is_dropped_M += tl.histogram(dropped_W - first, BLOCK_M, mask=is_mine_W)
+        tl.store(closed_ptr + dropped_W, M - W + w, mask=is_mine_W)
+    rank_M = first + tl.arange(0, BLOCK_M)
+    closed_M = rank_M - below - tl.cumsum(is_dropped_M, axis=0)
+    tl.store(closed_ptr + rank_M, closed_M, mask=(rank_M < M) & (is_dropped_M == 0))
 
 
 @triton.jit
-def scatter_rows_kernel(
+def write_rows_kernel(
+    rank_ptr,  # [L, M] int32, read and written
+    rank_stride_L,
+    closed_ptr,  # [L, M] int32; None: `rank` is closed already
     pool_ptrs,  # a tuple of [L, M, row], written
     row_ptrs,  # a tuple of [L, W, row]
     strides,  # of each pool, in words: (pool's L, pool's M, rows' L, rows' W)
     lengths,  # of each pool's row, in words
-    slot_ptr,  # [L, W] int32
+    M,
     W,
     WORD_BYTES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program copies one new row of every pool into its slot, as words: the elements' type does not matter."""
+    """A program gives BLOCK_M slots of a layer their new ranks, and those of dropped rows their new rows, one after the
+    other. Rows are copied as words: the elements' type does not matter."""
     word_type: tl.constexpr = tl.int32 if WORD_BYTES == 4 else tl.int16 if WORD_BYTES == 2 else tl.int8
-    w, layer = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    slot = tl.load(slot_ptr + layer * W + w).to(tl.int64)
-    for i in tl.static_range(len(pool_ptrs)):
-        pool_L, pool_M, rows_L, rows_W = strides[i]
-        to_ptr = pool_ptrs[i].to(tl.pointer_type(word_type)) + layer * pool_L + slot * pool_M
-        from_ptr = row_ptrs[i].to(tl.pointer_type(word_type)) + layer * rows_L + w * rows_W
-        for start in range(0, lengths[i], BLOCK):
-            word = start + tl.arange(0, BLOCK)
-            tl.store(to_ptr + word, tl.load(from_ptr + word, mask=word < lengths[i]), mask=word < lengths[i])
+    layer = tl.program_id(1).to(tl.int64)
+    slot_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rank_ptrs = rank_ptr + layer * rank_stride_L + slot_M
+    rank_M = tl.load(rank_ptrs, mask=slot_M < M, other=0)
+    if closed_ptr is not None:
+        rank_M = tl.load(closed_ptr + layer * M + rank_M, mask=slot_M < M, other=0)
+    is_new_M = (rank_M >= M - W) & (slot_M < M)
+    slot = tl.min(tl.where(is_new_M, slot_M, M), axis=0)
+    if closed_ptr is not None:  # after a reduction, so that every thread has read the old rank
+        tl.store(rank_ptrs, rank_M, mask=slot_M < M)
+    while slot < M:
+        w = tl.sum(tl.where(slot_M == slot, rank_M, 0), axis=0) - (M - W)
+        for i in tl.static_range(len(pool_ptrs)):
+            pool_L, pool_M, rows_L, rows_W = strides[i]
+            to_ptr = pool_ptrs[i].to(tl.pointer_type(word_type)) + layer * pool_L + slot.to(tl.int64) * pool_M
+            from_ptr = row_ptrs[i].to(tl.pointer_type(word_type)) + layer * rows_L + w.to(tl.int64) * rows_W
+            for start in range(0, lengths[i], BLOCK):
+                word = start + tl.arange(0, BLOCK)
+                tl.store(to_ptr + word, tl.load(from_ptr + word, mask=word < lengths[i]), mask=word < lengths[i])
+        slot = tl.min(tl.where(is_new_M & (slot_M > slot), slot_M, M), axis=0)
 
 
 def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) -> Tensor:
@@ -165,30 +165,42 @@ def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped
         return reference.memory_write_(pools, rank, rows, dropped)
     if L == 0 or W == 0:
         return None
-    closed, slot = torch.empty_like(rank, memory_format=torch.contiguous_format), rank.new_empty(L, W)
-    close_ranks_kernel[(L,)](rank, rank.stride(0), dropped.contiguous(), closed, slot, M, W, RANK_BLOCK, num_warps=16)
+    closed = rank.new_empty(L, M)
+    grid = (triton.cdiv(M, RANK_BLOCK), L)
+    close_ranks_kernel[grid](dropped.contiguous(), closed, M, W, RANK_BLOCK, DROPPED_BLOCK, num_warps=4)
     pairs = [(pool, _packed_rows(new)) for pool, new in zip(pools, rows, strict=True) if pool.numel()]
-    for i in range(0, len(pairs), SCATTER_POOLS):
-        _scatter(pairs[i : i + SCATTER_POOLS], slot)
+    _write_rows(rank, closed, pairs[:POOLS], W)
+    for i in range(POOLS, len(pairs), POOLS):
+        _write_rows(rank, None, pairs[i : i + POOLS], W)
 
 
 def _packed_rows(rows: Tensor) -> Tensor:
     return rows if rows[0, 0].is_contiguous() else rows.contiguous()
 
 
-def _scatter(pairs: list[tuple[Tensor, Tensor]], slot_LW: Tensor) -> None:
+def _write_rows(rank: Tensor, closed: Tensor | None, pairs: list[tuple[Tensor, Tensor]], W: int) -> None:
     """One launch for the given pools and their new rows. A word is the largest power of two, up to 4 bytes, that
     divides every address; the compiler makes 16-byte vectors of four."""
-    addresses, strides, lengths = 0, [], []
+    (L, M), addresses, strides, lengths = rank.shape, 4, [], []
     for pool, new in pairs:
         size = pool.element_size()
         strides.append([stride * size for stride in (*pool.stride()[:2], *new.stride()[:2])])
         lengths.append(pool[0, 0].numel() * size)
         for number in (pool.data_ptr(), new.data_ptr(), lengths[-1], *strides[-1]):
             addresses |= number
-    word = min(4, addresses & -addresses)
-    pools, rows = zip(*pairs, strict=True)
-    strides = tuple(tuple(stride // word for stride in of_pool) for of_pool in strides)
-    lengths = tuple(length // word for length in lengths)
-    L, W = slot_LW.shape
-    scatter_rows_kernel[(W, L)](pools, rows, strides, lengths, slot_LW, W, word, SCATTER_BLOCK, num_warps=4)
+    word = addresses & -addresses
+    write_rows_kernel[(triton.cdiv(M, SLOT_BLOCK), L)](
+        rank,
+        rank.stride(0),
+        closed,
+        tuple(pool for pool, _ in pairs),
+        tuple(new for _, new in pairs),
+        tuple(tuple(stride // word for stride in of_pool) for of_pool in strides),
+        tuple(length // word for length in lengths),
+        M,
+        W,
+        word,
+        SLOT_BLOCK,
+        WORD_BLOCK,
+        num_warps=4,
+    )

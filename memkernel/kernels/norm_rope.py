@@ -78,7 +78,7 @@ def _rotate(to_ptrs, from_ptrs, cos, sin, mask, D: tl.constexpr):
     tl.store(to_ptrs + D // 2, (second * cos + first * sin).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "Tq", "offset"])  # they vary, and a kernel for each kind would be no faster
 def rope_write_kernel(
     cache_key_ptr,  # [B, S, G, D], written
     cache_value_ptr,  # [B, S, G, D], written
@@ -130,7 +130,7 @@ def rope_write_kernel(
         tl.store(to_ptrs + D // 2, tl.load(from_ptrs + D // 2, mask=mask_GD), mask=mask_GD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "offset"])
 def rotate_memory_kernel(
     rotated_ptr,  # [N, G, D], written; N = L M
     key_ptr,  # [N, G, D]
