@@ -1,5 +1,7 @@
 """Updates: text into the memory, in chunks of at most 512 tokens; and the write into the pools alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from benchmarks.lab import Case, Lab
 from benchmarks.shapes import Work, projected
 from benchmarks.timing import Contender
-from memkernel import ops, reference
+from memkernel import cuda, ops, reference
 from memkernel.engine import CHUNK_TOKENS, Engine
 
 
@@ -77,22 +79,20 @@ def write_case(lab: Lab, M: int) -> Case:
     L, W, shape = config.num_layers, config.write_rows, (config.num_kv_heads, config.head_size)
     state = torch.tensor([7, 3], device=lab.device)
     pools, rows = ([lab.random(L, n, *shape, seed=seed + i) for i in (0, 1)] for n, seed in ((M, 2), (W, 4)))
+    on_gpu = lab.device.type == "cuda"
     oldest_first = torch.arange(M, dtype=torch.int32, device=lab.device).repeat(L, 1)
     dropped = reference.draw_ranks(state, L, M, W, False)
 
-    def write(namespace, into: list[Tensor], rank: Tensor) -> None:
-        namespace.memory_write_(into, rank, rows, namespace.draw_ranks(state, L, M, W, False))
-
-    def with_ops(namespace) -> Contender:
+    def contender(write: Callable) -> Contender:
         mine, rank = [pool.clone() for pool in pools], oldest_first.clone()
 
         def output() -> list[Tensor]:
             checked, ranks = [pool.clone() for pool in pools], oldest_first.clone()
-            write(namespace, checked, ranks)
+            write(checked, ranks)
             slots, layer = ranks.long().argsort(1), torch.arange(L, device=lab.device)[:, None]
             return [pool[layer, slots] for pool in checked]
 
-        return Contender(lambda: write(namespace, mine, rank), output)
+        return Contender(lambda: write(mine, rank), output)
 
     def published() -> Contender:
         rival = lab.published()
@@ -107,12 +107,23 @@ def write_case(lab: Lab, M: int) -> Case:
         checked.write(torch.cat([new.flatten(2) for new in rows], dim=-1), dropped)
         return [pool.unflatten(-1, shape) for pool in checked.memory.data.chunk(2, dim=-1)]
 
+    def write_with_ops(namespace):
+        def write(into: list[Tensor], rank: Tensor) -> None:
+            namespace.memory_write_(into, rank, rows, namespace.draw_ranks(state, L, M, W, False))
+
+        return lambda: contender(write)
+
+    def write_in_one_launch(into: list[Tensor], rank: Tensor) -> None:
+        cuda.draw_and_write_(into, rank, rows, state, False)
+
     return Case(
         builders={
-            "memkernel": lambda: with_ops(ops),
-            "reference": lambda: with_ops(reference),
+            "memkernel": write_with_ops(ops),
+            "cuda c++": lambda: contender(write_in_one_launch),
+            "reference": write_with_ops(reference),
             "published": published,
         },
+        unavailable={"cuda c++": cuda.WHY_NOT or "needs a CUDA device"} if cuda.WHY_NOT or not on_gpu else {},
         truth=kept_and_appended(),
         bound=0.0,
         work=lab.least.write(M),
@@ -120,7 +131,7 @@ def write_case(lab: Lab, M: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("contender", ["memkernel", "reference", "published"])
+@pytest.mark.parametrize("contender", ["memkernel", "cuda c++", "reference", "published"])
 @pytest.mark.parametrize("M", [1600, 6400, 12800, 25600, 102400], ids="M{}".format)
 def bench_write(race, contender, M):
     race("write", {"M": M}, contender, lambda lab: write_case(lab, M))

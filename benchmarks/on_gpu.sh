@@ -33,18 +33,23 @@ part() { # part NAME SECONDS COMMAND...: run it, log it, go on
   printf '%-24s %-24s %4d s\n' "$name" "$verdict" $((SECONDS - began)) | tee -a "$out/summary.txt"
 }
 
+kernels=(tests/test_triton.py tests/test_triton_attention.py tests/test_cuda_write.py)
+on_host="compiles or host_threads or races"
+sanitized="every_path or writes_what_the_reference or draws_what_the_reference or on_a_device"
 if [ $device = cuda ]; then
   part "gpu" 10 nvidia-smi
   part "build" 60 "$python" setup.py build_ext --inplace
-  part "tests" 90 "$python" -m pytest -q tests/test_cuda.py
+  part "kernels" 30 "$python" -c "from memkernel import cuda, native, ops
+assert not (cuda.WHY_NOT or native.WHY_NOT or ops.WHY_NO_TRITON), (cuda.WHY_NOT, native.WHY_NOT, ops.WHY_NO_TRITON)"
+  part "tests" 120 "$python" -m pytest -q tests/test_cuda.py "${kernels[@]}" -k "not ($on_host)"
 else
   part "build" 120 "$python" setup.py build_ext --build-lib "$out/build" --build-temp "$out/build"
   part "tests" 120 "$python" -m pytest -q tests/test_ops.py
 fi
 if [ $device = cuda ] && command -v compute-sanitizer >>"$out/log.txt"; then
   for tool in memcheck racecheck; do
-    part "$tool" 40 compute-sanitizer --tool $tool --error-exitcode 1 --launch-timeout 0 \
-      "$python" -m pytest -q tests/test_cuda.py -k op
+    part "$tool" 50 compute-sanitizer --tool $tool --error-exitcode 1 --launch-timeout 0 \
+      "$python" -m pytest -q "${kernels[@]}" -k "$sanitized"
   done
 else
   printf '%-24s not run: no compute-sanitizer, or no GPU\n' sanitizer | tee -a "$out/summary.txt"
@@ -53,7 +58,7 @@ shape=8b
 [ $device = cpu ] && shape=tiny
 # What matters most comes first, in case time runs out: each row is written when it is known.
 files=(benchmarks/bench_{memory_attention,read,update,small_ops,document,memory_file,cold_start}.py)
-part "benchmarks" 270 "$python" -m pytest -q "${files[@]}" --benchmark --shape $shape \
+part "benchmarks" 240 "$python" -m pytest -q "${files[@]}" --benchmark --shape $shape \
   --device $device --results "$out/results.jsonl"
 part "report" 20 "$python" -m benchmarks.report --results "$out/results.jsonl" --text "$out/report.txt"
 echo "$failed parts failed; log, rows and report in $out"

@@ -228,12 +228,12 @@ def _pyplot():
 
 
 # The same mark for a contender in every picture.
-MARKS = ("memkernel", "published", "transformers", "reference", "sdpa", "sdpa-merged", "sdpa-cudnn", "flex")
+MARKS = ("memkernel", "published", "transformers", "reference", "sdpa", "sdpa-merged", "sdpa-cudnn", "flex", "cuda c++")
 
 
 def _marker(contender: str) -> dict:
     place = MARKS.index(contender) if contender in MARKS else len(MARKS)
-    return {"marker": "osD^vP*Xh"[place], "color": f"C{place}", "markersize": 8 if contender == OURS else 5}
+    return {"marker": "osD^vP*Xph"[place], "color": f"C{place}", "markersize": 8 if contender == OURS else 5}
 
 
 def _finish(figure, axes, path: Path) -> None:

@@ -19,6 +19,8 @@ TENSOR_CORES = {"sm_80": "HMMA", "sm_86": "HMMA", "sm_90": "HGMMA", "sm_100": "t
 # Enough to meet every tile of 16-bit numbers once; the whole list is for `python -m tests.compile_kernels`.
 ATTENTION = ["bfloat16 D128", "prefill float16 D64", "split float32 D128"]
 
+OTHERS = ["draw 256", "write 8B bfloat16", "norm 4096 bfloat16", "swiglu 14336 bf", "rope 8B", "rotate 8B bf"]
+
 
 def run(module, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -46,6 +48,16 @@ def test_attention_compiles(arch):
             assert instructions["16-byte async loads"], row
             tensor_cores = instructions["HMMA"] + instructions[TENSOR_CORES[arch]]
             assert tensor_cores or "float32" in row["case"], row
+
+
+@pytest.mark.parametrize("arch", SHARED_KB)
+def test_the_other_kernels_compile(arch):
+    done = run("tests.compile_kernels", "--json", "--arch", arch, *[x for text in OTHERS for x in ("--only", text)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert len({row["kernel"] for row in rows}) == 7
+    for row in rows:
+        assert not row["error"] and row["spills"] == 0 and row["shared"] <= SHARED_KB[arch] << 10, row
 
 
 def test_tuning_runs_dry():
