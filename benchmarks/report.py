@@ -26,6 +26,10 @@ META = {"workload", "contender", "run", "machine", "device", "shape", "dtype", "
 PARAMETERS = ("T", "B", "M")
 
 
+def read(results: Path) -> list[dict]:
+    return [json.loads(line) for line in results.read_text().splitlines()]
+
+
 def parameters(row: dict) -> dict:
     return {name: row[name] for name in PARAMETERS if name in row}
 
@@ -283,6 +287,19 @@ NOTES = [
 ]
 
 
+def agreement(before: list[dict], after: list[dict]) -> str:
+    """How far the ratios of two runs agree: a line per rival of a case, then how many do within 10%."""
+    first, lines, close = {(case_of(row), row["contender"]): row for row in before}, [], 0
+    for row in after:
+        other = first.get((case_of(row), row["contender"]), {})
+        if row["contender"] == OURS or "ratio" not in row or "ratio" not in other:
+            continue
+        apart = max(row["ratio"] / other["ratio"], other["ratio"] / row["ratio"])
+        close += apart <= 1.1
+        lines.append(f"{case_of(row):28} {row['contender']:13} {other['ratio']:8.2f} {row['ratio']:8.2f}")
+    return "\n".join([*lines, f"{close} of {len(lines)} ratios within 10%"])
+
+
 def write_readme(rows: list[dict], readme: Path) -> None:
     """Replace the README's numbers block."""
     text = readme.read_text()
@@ -297,8 +314,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--text", type=Path, help="write only a plain-text table, to this file")
+    parser.add_argument("--agreement", type=Path, help="only compare with the ratios in this file, of another run")
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+    rows = read(arguments.results)
+    if arguments.agreement:
+        print(agreement(read(arguments.agreement), rows))
+        return
     if arguments.text:
         arguments.text.write_text("\n\n".join(map(table, newest_runs(rows))) + "\n")
         return

@@ -1,6 +1,10 @@
 """The CPU kernels: the extension `memkernel._C`, built from csrc/ on installation. Importing it registers them.
 
 It is optional: without it the same ops run as plain PyTorch (`memkernel.reference`).
+
+The same call repeats bit for bit with the same number of threads and instruction set. With another number of threads
+attention may differ by rounding, for where heads and queries are few its keys are divided among threads and the parts
+merged; all other ops do not depend on it. Instruction sets round differently.
 """
 
 from importlib.util import find_spec

@@ -218,6 +218,18 @@ def test_the_gpu_script_goes_through_its_parts_and_the_report_shows_every_row(tm
     assert len(list((tmp_path / "plots").glob("*.png"))) == 5
 
 
+def test_two_runs_are_compared_by_the_ratios_of_their_rivals():
+    rows = [
+        {"workload": "decode", "B": B, "contender": name, "ratio": 2.0}
+        for B in (1, 8)
+        for name in ("memkernel", "sdpa")
+    ]
+    others = [row | {"ratio": 2.0 * row["B"] ** 0.04} for row in rows] + [{"workload": "decode", "contender": "flex"}]
+    assert report.agreement(rows, others).splitlines()[-1] == "2 of 2 ratios within 10%"
+    others[1]["ratio"] = 1.8
+    assert report.agreement(rows, others).splitlines()[-1] == "1 of 2 ratios within 10%"
+
+
 def test_the_readme_block_is_replaced_and_nothing_else(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
