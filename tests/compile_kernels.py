@@ -127,11 +127,21 @@ def compile_cases(cases: dict[str, Callable[[], object]], arch: str) -> list[Com
 
 
 def markdown(rows: list[Compiled]) -> str:
-    lines = ["| chip | case | kernel | warps | registers | spills | shared KB | instructions |", "|" + "---|" * 8]
-    for row in rows:
-        found = ", ".join(f"{count} {name}" for name, count in (row.instructions or {}).items() if count)
-        figures = [row.arch, row.case, row.kernel, row.warps, row.registers, row.spills, f"{row.shared / 1024:.0f}"]
-        lines.append("| " + " | ".join(map(str, [*figures, row.error or found])) + " |")
+    """A line per kernel of a case, a column per chip: registers, spills if any, shared KB, tensor core instructions."""
+    arches = list(dict.fromkeys(row.arch for row in rows))
+    cells = {(row.case, row.kernel, row.arch): row for row in rows}
+
+    def cell(row: Compiled | None) -> str:
+        if row is None or row.error:
+            return row.error if row else ""
+        found = [f"{n} {name}" for name, n in row.instructions.items() if n and "loads" not in name]
+        spills = [f"**{row.spills} spills**"] * (row.spills > 0)
+        return ", ".join([f"{row.registers} r", *spills, f"{row.shared / 1024:.0f} KB", *found])
+
+    lines = [" | ".join(["| case, kernel", *arches]) + " |", "|" + "---|" * (len(arches) + 1)]
+    for case, kernel in dict.fromkeys((row.case, row.kernel) for row in rows):
+        figures = [cell(cells.get((case, kernel, arch))) for arch in arches]
+        lines.append(" | ".join([f"| {case}, {kernel.removesuffix('_kernel')}", *figures]) + " |")
     return "\n".join(lines)
 
 
