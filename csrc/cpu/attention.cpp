@@ -14,12 +14,13 @@ namespace MEMKERNEL_ISA {
 namespace {
 
 constexpr int64_t TASK_ROWS = 256;    // about as many query rows, over all heads of a task
-constexpr int64_t FEW_ROWS = 48;      // up to here memory is read more evenly in small blocks
-constexpr int64_t KEYS_OF_FEW = 64;   // in a block
+constexpr int64_t SOME_ROWS = 48;     // packed, up to here memory is read more evenly in smaller blocks
+constexpr int64_t KEYS_OF_FEW = 64;   // in a block: of as many query rows as are not packed,
+constexpr int64_t KEYS_OF_SOME = 128;
 constexpr int64_t KEYS_OF_MANY = 256;
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
-static_assert(KEYS_OF_FEW % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
+static_assert(KEYS_OF_FEW % PANEL == 0 && KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
 
 thread_local Buffer scratch_buffer;
 thread_local Buffer partial_buffer;
@@ -66,7 +67,7 @@ class Attention {
     max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
     head_blocks = ceil_div(a.G, max_heads);
     packs = max_rows > ROWS || a.D % PANEL != 0 || words % LANES != 0;
-    block_keys = max_rows > FEW_ROWS ? KEYS_OF_MANY : KEYS_OF_FEW;
+    block_keys = !packs ? KEYS_OF_FEW : max_rows > SOME_ROWS ? KEYS_OF_MANY : KEYS_OF_SOME;
     splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
     if (splits > 1) partials = partial_buffer.reserve<float>(tasks() * splits * partial_size());
   }
