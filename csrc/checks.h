@@ -59,7 +59,7 @@ Threads threads_for(int64_t bytes);
 template <class Result, class... Args>
 Result call(const char* op, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   if constexpr (!std::is_void_v<Result>) return torch::stable::detail::to<Result>(stack[0]);
 }
 

@@ -35,12 +35,12 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
             raise ValueError(f"revision: expected None for a local folder, got {revision!r}")
         return Path(name)
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors as hub
 
     try:
         patterns = ["*.safetensors", *SMALL_FILES]
         return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (hub.HFValidationError, hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         raise ValueError(f"{name}: expected a checkpoint folder or a hub id that can be fetched: {error}") from error
 
 
