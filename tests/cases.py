@@ -105,6 +105,7 @@ CASES = {
     "attention-12801": attention(1, 1, 2, 4, 1, 64, 12801, 5, [3]),
     "write": write(3, 40, 7, (2, 16), (5,)),
     "write-nothing": write(2, 12, 0, (4,)),
+    "write-no-memory": write(2, 0, 0, (4,)),
     "write-all": write(2, 12, 12, (4,)),
     "write-12801": write(2, 12801, 256, (1, 3)),
 }

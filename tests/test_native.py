@@ -155,6 +155,32 @@ def test_integers_that_point_outside_are_refused_and_nothing_is_written(name, in
     assert all(torch.equal(a, b) for a, b in zip(flat(args), flat(before), strict=True))
 
 
+def test_an_offset_beyond_all_positions_is_refused():
+    op, args = CASES["rope-ragged"]()
+    args[5:7] = (table[:1] for table in args[5:7])
+    args[8] = 2**63 - 1
+    with pytest.raises(ValueError, match="^start: expected values from 0 to "):
+        getattr(ops, op)(*args)
+
+
+@pytest.mark.parametrize("name", ["add-norm-ragged", "rotate-ragged"])
+def test_what_shares_memory_with_itself_is_not_written_to(name):
+    op, args = CASES[name]()
+    args[0] = args[0][:1].expand(args[0].shape)
+    before = args[0].clone()
+    with pytest.raises(RuntimeError):
+        getattr(ops, op)(*args)
+    assert torch.equal(args[0], before)
+
+
+def test_ranks_that_are_not_distinct_write_nothing_outside_of_the_pool(isa):
+    pool, rank = embedded(torch.zeros(1, 400, 16), dim=1)[0], torch.randperm(400, dtype=torch.int32)[None]
+    for _ in range(20):
+        dropped = torch.randint(400, (1, 256), dtype=torch.int32)
+        ops.memory_write_([pool[:, 1:-1]], rank, [torch.ones(1, 256, 16)], dropped)
+    assert (pool[:, [0, -1]] == SENTINEL).all() and ((pool[:, 1:-1] == 0) | (pool[:, 1:-1] == 1)).all()
+
+
 def test_a_forked_process_computes_too():
     """The threads of the parent do not exist in the child: waiting for them would never end."""
     torch.set_num_threads(2)
