@@ -181,6 +181,18 @@ def test_ranks_that_are_not_distinct_write_nothing_outside_of_the_pool(isa):
     assert (pool[:, [0, -1]] == SENTINEL).all() and ((pool[:, 1:-1] == 0) | (pool[:, 1:-1] == 1)).all()
 
 
+@pytest.mark.parametrize("name", ["attention-five-rows", "attention-prefill", "attention-12801"])
+@pytest.mark.parametrize("size", [2.0**10, 2.0**20, 2.0**40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_huge_scores_choose_one_key(name, size, dtype, isa, threads):
+    """The largest score takes all the weight, and is not lost to the rounding of a huge exponent."""
+    op, args = CASES[name]()
+    args = cast(op, args, dtype)
+    args[0], args[1], args[3] = (args[i].sign() * size for i in (0, 1, 3))  # sums are exact: equal scores stay equal
+    out, exact = ops.memory_attention(*args), reference.memory_attention(*cast(op, args, torch.float64))
+    assert_no_worse(name, out, exact, reference.memory_attention(*args))
+
+
 def test_a_forked_process_computes_too():
     """The threads of the parent do not exist in the child: waiting for them would never end."""
     torch.set_num_threads(2)
