@@ -193,6 +193,17 @@ def test_huge_scores_choose_one_key(name, size, dtype, isa, threads):
     assert_no_worse(name, out, exact, reference.memory_attention(*args))
 
 
+@pytest.mark.parametrize("name", ["attention-five-rows", "attention-prefill"])
+@pytest.mark.parametrize("index", [1, 2], ids=["key", "value"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_memory_row_is_not_hidden(name, index, number, isa):
+    op, args = CASES[name]()
+    args[index][0, 3, 1, 5] = number
+    out, want = ops.memory_attention(*args), reference.memory_attention(*args)
+    assert not want.isfinite().all() and torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(out.isinf(), want.isinf())
+
+
 def test_a_forked_process_computes_too():
     """The threads of the parent do not exist in the child: waiting for them would never end."""
     torch.set_num_threads(2)
