@@ -32,7 +32,7 @@ sanitize: $(VENV)/installed
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    $(BIN)/python -m pytest -q -o pythonpath="$(SANITIZED) ." tests/test_native.py
 
-$(VENV)/installed: pyproject.toml setup.py build_backend.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+$(VENV)/installed: pyproject.toml setup.py build_backend.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "memkernel needs Python 3.10 or later")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'

@@ -118,7 +118,11 @@ class Session:
             if truth is None:
                 row["refused"] = f"nothing to compare its output with: {' and '.join(case.truth)} did not run"
                 continue
-            row |= {"error": relative_error(output, truth), "error_bound": case.bound}
+            try:
+                row |= {"error": relative_error(output, truth), "error_bound": case.bound}
+            except ValueError as wrong:  # a shape, or too few parts
+                row["refused"] = str(wrong)
+                continue
             if not row["error"] <= case.bound:
                 row["refused"] = (
                     f"its output differs by {row['error']:.1e} from the truth, the bound is {case.bound:.0e}"

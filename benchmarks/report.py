@@ -73,14 +73,15 @@ def cells(row: dict) -> list[str]:
 COLUMNS = ["", "median", "p20 - p80", "device / kernels", "ceiling", "time / ours", "peak", "allocations", "error"]
 
 
-def header(row: dict) -> str:
-    """The machine, what was measured on it, and its ceilings."""
+def header(rows: list[dict]) -> str:
+    """The machine, what was measured on it and when, and its ceilings."""
+    runs, row = sorted({row["run"] for row in rows}), max(rows, key=lambda row: row["run"])
     ceilings = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in row["ceilings"].items())
     versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
     dirty = " with uncommitted changes" if row["dirty"] else ""
     return (
         f"{row['machine']}; shape {row['shape']}, {row['dtype']}; {versions}; commit {row['commit']}{dirty}; "
-        f"{row['run']}\nmeasured in the same run: {ceilings}"
+        f"{' and '.join(runs)}\nmeasured in the {'last' if len(runs) > 1 else 'same'} run: {ceilings}"
     )
 
 
@@ -101,7 +102,7 @@ def ceiling_line(rows: list[dict]) -> str:
 
 def table(rows: list[dict]) -> str:
     """The plain-text summary of one run."""
-    lines = [header(rows[0])]
+    lines = [header(rows)]
     body = {case: [cells(row) for row in some] for case, some in by_case(rows).items()}
     whole = [line for some in body.values() for line in some if len(line) == len(COLUMNS)]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *whole, strict=True)]
@@ -118,15 +119,17 @@ def table(rows: list[dict]) -> str:
 
 
 def newest_runs(rows: list[dict]) -> list[list[dict]]:
-    """For each machine, device, shape and dtype, the newest row of each contender of each case, if its commit is that
-    of the newest row of all: figures of different commits are not put side by side."""
+    """For each machine, device, shape and dtype, the newest row of each contender of each case, if its code is that of
+    the newest row of all: figures of different commits, or with and without uncommitted changes, do not stand side by
+    side."""
     machines = defaultdict(dict)
     for row in rows:  # appended in order of time
         machines[row["machine"], row["device"], row["shape"], row["dtype"]][case_of(row), row["contender"]] = row
     newest = []
     for kept in machines.values():
         last = max(kept.values(), key=lambda row: row["run"])
-        newest.append([row for row in kept.values() if row["commit"] == last["commit"]])
+        code = last["commit"], last["dirty"]
+        newest.append([row for row in kept.values() if (row["commit"], row["dirty"]) == code])
     return newest
 
 
@@ -149,7 +152,8 @@ def readme_block(rows: list[dict]) -> list[str]:
         if OURS not in timed:
             continue
         ours = timed[OURS]
-        times = [f"{timed[name]['ratio']:.2g} x" if name in timed else "" for name in rivals]
+        ratios = (timed[name]["ratio"] if name in timed else None for name in rivals)
+        times = ["" if ratio is None else f"{ratio:.{1 if ratio < 10 else 0}f} x" for ratio in ratios]
         share = f"{ours['share']:.0%} ({ours['bound_by']})"
         lines.append(f"| {title} | {seconds(ours['median_s'])} | {share} | {' | '.join(times)} |")
     if not lines:
@@ -158,7 +162,7 @@ def readme_block(rows: list[dict]) -> list[str]:
         "| | memkernel | share of the ceiling | published data flow | transformers |",
         "| --- | --- | --- | --- | --- |",
     ]
-    return ["", header(rows[0]).replace("\n", "; "), "", *head, *lines]
+    return ["", header(rows).replace("\n", "; "), "", *head, *lines]
 
 
 def plot_shares(rows: list[dict], path: Path) -> None:
@@ -255,7 +259,7 @@ def write_report(rows: list[dict], folder: Path) -> None:
     for run in newest_runs(rows):
         stem = "-".join(run[0][key] for key in ("machine", "shape", "dtype"))
         stem = re.sub(r"[^a-z0-9]+", "-", stem.lower())
-        lines += [f"## {run[0]['machine']}, {run[0]['shape']}", "", header(run[0]).replace("\n", "  \n"), ""]
+        lines += [f"## {run[0]['machine']}, {run[0]['shape']}", "", header(run).replace("\n", "  \n"), ""]
         pictures = {
             "shares": lambda path, run=run: plot_shares(run, path),
             "write": lambda path, run=run: plot_against(run, "write", "M", "memory rows M a layer", path),
@@ -282,7 +286,8 @@ NOTES = [
     "* ceiling: least time, by the bytes and FLOP that the mathematics needs and the rates measured in the same round,",
     "  over the round's; the median over rounds. Memory or matrix says which rate sets it.",
     "* time / ours: median over rounds of the contender's time over memkernel's.",
-    "* peak, allocations: of one call, above what was held before.",
+    "* peak, allocations: of one call through PyTorch's allocator, above what was held before; the scratch of the CPU",
+    "  kernels, which each thread keeps from call to call, is not among them.",
     "* error: relative Frobenius error against float64 for ops, against the published data flow for whole forwards.",
 ]
 

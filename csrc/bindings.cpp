@@ -1,6 +1,6 @@
 // The ops under PyTorch's CPU key: arguments checked as the reference checks them, unpacked for the kernels. Calls that
-// no kernel takes (other dtypes, unusual strides in what is written) go to the reference, once their arguments are known
-// to be good.
+// no kernel takes (other dtypes, unusual or overlapping strides in what is written) go to the reference, once their
+// arguments are known to be good.
 #include <algorithm>
 #include <vector>
 
@@ -44,7 +44,8 @@ Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weig
   expect("weight", weight, {E}, residual.scalar_type());
   const auto dtype = kernel_dtype(residual);
   const auto written = rows_in_place(residual, 1);
-  if (!dtype || !written) return call<Tensor>("memkernel_reference::add_rms_norm_", residual, x, weight, eps);
+  if (!dtype || !written || !is_distinct(residual))
+    return call<Tensor>("memkernel_reference::add_rms_norm_", residual, x, weight, eps);
   const Rows rows = rows_of(x, 1);
   const Tensor scale = packed(weight, 1), out = empty(residual.sizes(), residual.scalar_type());
   kernels().rms_norm({*dtype, residual.data_ptr(), rows.tensor.const_data_ptr(), scale.const_data_ptr(), out.data_ptr(),
@@ -84,12 +85,13 @@ Tensor rope_write_(const Tensor& cache_key, const Tensor& cache_value, const Ten
   expect("start", start, {B}, ScalarType::Int);
   expect_at_least_0("offset", offset);
   const auto dtype = kernel_dtype(query);
-  if (!dtype || D % 2 || !is_packed(cache_key, 2) || !is_packed(cache_value, 2))
+  if (!dtype || D % 2 || !is_packed(cache_key, 2) || !is_packed(cache_value, 2) || !is_distinct(cache_key) ||
+      !is_distinct(cache_value))
     return call<Tensor>("memkernel_reference::rope_write_", cache_key, cache_value, query, key, value, cos, sin, start,
                         offset);
   const Tensor q = packed(query, 2), k = packed(key, 2), v = packed(value, 2), starts = packed(start, 1);
   const Tensor cosines = packed(cos, 2), sines = packed(sin, 2);
-  expect_below("start", starts, std::min(S, cos.size(0) - offset) - T + 1);
+  expect_below("start", starts, std::min(S, std::max<int64_t>(0, cos.size(0) - offset)) - T + 1);
   const Tensor out = empty(query.sizes(), type);
   kernels().rope_write({*dtype, cache_key.data_ptr(), cache_value.data_ptr(), q.const_data_ptr(), k.const_data_ptr(),
                         v.const_data_ptr(), float_data(cosines), float_data(sines), int32_data(starts), out.data_ptr(),
@@ -112,11 +114,11 @@ void rotate_memory_(const Tensor& rotated, const Tensor& key, const Tensor& rank
   expect_at_least_0("offset", offset);
   const auto dtype = kernel_dtype(rotated);
   const auto written = rows_in_place(rotated, 2);
-  if (!dtype || D % 2 || !written)
+  if (!dtype || D % 2 || !written || !is_distinct(rotated))
     return call<void>("memkernel_reference::rotate_memory_", rotated, key, rank, cos, sin, offset);
   const Rows rows = rows_of(key, 2);
   const Tensor ranks = packed(rank, rank.dim()), cosines = packed(cos, 2), sines = packed(sin, 2);
-  expect_below("rank", ranks, cos.size(0) - offset);
+  expect_below("rank", ranks, std::max<int64_t>(0, cos.size(0) - offset));
   kernels().rotate_memory({*dtype, rotated.data_ptr(), rows.tensor.const_data_ptr(), int32_data(ranks),
                            float_data(cosines), float_data(sines), rows.count, G, D, offset, written->stride,
                            rows.stride},
@@ -191,7 +193,7 @@ void memory_write_(const std::vector<Tensor>& pools, const Tensor& rank, const s
     shape[1] = W;
     expect(("rows" + index).c_str(), rows[i], shape, pool.scalar_type());
     const int64_t inner = pool.dim() - 2, size = pool.element_size();
-    in_place = in_place && is_packed(pool, inner);
+    in_place = in_place && is_packed(pool, inner) && is_distinct(pool);
     const Tensor& news = packed_rows.emplace_back(packed(rows[i], inner));
     int64_t row_bytes = size;
     for (int64_t d = 2; d < pool.dim(); ++d) row_bytes *= pool.size(d);

@@ -2,7 +2,10 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 namespace memkernel {
 
@@ -79,6 +82,20 @@ bool is_packed(const Tensor& t, int64_t dims) {
 }
 
 Tensor packed(const Tensor& t, int64_t dims) { return is_packed(t, dims) ? t : torch::stable::contiguous(t); }
+
+bool is_distinct(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride and size, the narrowest first
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (sizes[i] > 1) dims.emplace_back(strides[i], sizes[i]);
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;  // from the first element of the dimensions so far to their last
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reach) return false;
+    reach += stride * (size - 1);
+  }
+  return true;
+}
 
 std::optional<Rows> rows_in_place(const Tensor& t, int64_t dims) {
   if (t.numel() == 0) return Rows{t, 0, 0};

@@ -40,6 +40,9 @@ bool is_packed(const Tensor& t, int64_t dims);
 // `t` where that holds, else a contiguous copy: results do not depend on the strides of what is read.
 Tensor packed(const Tensor& t, int64_t dims);
 
+// Whether no two elements share memory, as far as sizes and strides easily tell: kernels write to no other tensors.
+bool is_distinct(const Tensor& t);
+
 // All but the last `dims` dimensions as one, those being packed: of `t` itself, or nothing where it cannot be seen so;
 // and of a contiguous copy then.
 struct Rows {

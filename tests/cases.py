@@ -95,6 +95,8 @@ CASES = {
     "attention-no-heads": attention(1, 1, 2, 0, 1, 16, 5, 2, [0]),
     "attention-no-tokens": attention(2, 1, 0, 4, 2, 16, 5, 2, [0, 1]),
     "attention-six-rows": attention(3, 1, 1, 4, 2, 64, 131, 200, [199, 0, 77]),
+    "attention-two-rows": attention(2, 1, 1, 2, 2, 64, 66, 5, [0, 4]),
+    "attention-three-rows": attention(1, 1, 3, 2, 2, 128, 130, 9, [6]),
     "attention-five-rows": attention(1, 1, 5, 2, 2, 128, 65, 70, [60]),
     "attention-no-memory": attention(1, 1, 9, 4, 4, 32, 0, 9, [0]),
     "attention-one-row": attention(2, 1, 1, 2, 2, 16, 1, 4, [0, 3]),
@@ -105,6 +107,7 @@ CASES = {
     "attention-12801": attention(1, 1, 2, 4, 1, 64, 12801, 5, [3]),
     "write": write(3, 40, 7, (2, 16), (5,)),
     "write-nothing": write(2, 12, 0, (4,)),
+    "write-no-memory": write(2, 0, 0, (4,)),
     "write-all": write(2, 12, 12, (4,)),
     "write-12801": write(2, 12801, 256, (1, 3)),
 }

@@ -131,6 +131,13 @@ def test_a_broken_attention_kernel_is_refused(session, monkeypatch, broken):
     assert "refused" in json.loads(session.results.read_text().splitlines()[0])
 
 
+def test_an_output_of_another_shape_is_refused_and_the_others_go_on(session, monkeypatch):
+    monkeypatch.setattr(ops, "memory_attention", lambda *given: reference.memory_attention(*given)[..., 1:])
+    build = lambda lab: bench_memory_attention.attention_case(lab, 16, past=1, B=1)  # noqa: E731
+    assert "expected shape" in session.entry("attention", {"T": 16}, "memkernel", build).row["refused"]
+    assert session.entry("attention", {"T": 16}, "sdpa", build).row["median_s"] > 0
+
+
 def test_a_broken_write_kernel_is_refused(session, monkeypatch):
     def forgets_to_close_the_ranks(pools, rank, rows, dropped):
         kept = rank.clone()
@@ -228,6 +235,20 @@ def test_two_runs_are_compared_by_the_ratios_of_their_rivals():
     assert report.agreement(rows, others).splitlines()[-1] == "2 of 2 ratios within 10%"
     others[1]["ratio"] = 1.8
     assert report.agreement(rows, others).splitlines()[-1] == "1 of 2 ratios within 10%"
+
+
+def test_only_figures_of_the_same_code_stand_side_by_side():
+    common = {"machine": "m", "device": "cpu", "shape": "1b", "dtype": "float32", "workload": "decode"}
+    common |= {"versions": {}, "ceilings": {}, "commit": "new"}
+    rows = [
+        common | {"contender": "sdpa", "run": "1", "commit": "old", "dirty": False},
+        common | {"contender": "flex", "run": "2", "dirty": True},
+        common | {"contender": "published", "run": "3", "dirty": False},
+        common | {"contender": "memkernel", "run": "4", "dirty": False},
+    ]
+    (kept,) = report.newest_runs(rows)
+    assert [row["contender"] for row in kept] == ["published", "memkernel"]
+    assert "3 and 4" in report.header(kept) and "in the last run" in report.header(kept)
 
 
 def test_the_readme_block_is_replaced_and_nothing_else(tmp_path):

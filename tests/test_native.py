@@ -155,6 +155,55 @@ def test_integers_that_point_outside_are_refused_and_nothing_is_written(name, in
     assert all(torch.equal(a, b) for a, b in zip(flat(args), flat(before), strict=True))
 
 
+def test_an_offset_beyond_all_positions_is_refused():
+    op, args = CASES["rope-ragged"]()
+    args[5:7] = (table[:1] for table in args[5:7])
+    args[8] = 2**63 - 1
+    with pytest.raises(ValueError, match="^start: expected values from 0 to "):
+        getattr(ops, op)(*args)
+
+
+@pytest.mark.parametrize("name", ["add-norm-ragged", "rotate-ragged"])
+def test_what_shares_memory_with_itself_is_not_written_to(name):
+    op, args = CASES[name]()
+    args[0] = args[0][:1].expand(args[0].shape)
+    before = args[0].clone()
+    with pytest.raises(RuntimeError):
+        getattr(ops, op)(*args)
+    assert torch.equal(args[0], before)
+
+
+def test_ranks_that_are_not_distinct_write_nothing_outside_of_the_pool(isa):
+    pool, rank = embedded(torch.zeros(1, 400, 16), dim=1)[0], torch.randperm(400, dtype=torch.int32)[None]
+    for _ in range(20):
+        dropped = torch.randint(400, (1, 256), dtype=torch.int32)
+        ops.memory_write_([pool[:, 1:-1]], rank, [torch.ones(1, 256, 16)], dropped)
+    assert (pool[:, [0, -1]] == SENTINEL).all() and ((pool[:, 1:-1] == 0) | (pool[:, 1:-1] == 1)).all()
+
+
+@pytest.mark.parametrize("name", ["attention-five-rows", "attention-prefill", "attention-12801"])
+@pytest.mark.parametrize("size", [2.0**10, 2.0**20, 2.0**40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_huge_scores_choose_one_key(name, size, dtype, isa, threads):
+    """The largest score takes all the weight, and is not lost to the rounding of a huge exponent."""
+    op, args = CASES[name]()
+    args = cast(op, args, dtype)
+    args[0], args[1], args[3] = (args[i].sign() * size for i in (0, 1, 3))  # sums are exact: equal scores stay equal
+    out, exact = ops.memory_attention(*args), reference.memory_attention(*cast(op, args, torch.float64))
+    assert_no_worse(name, out, exact, reference.memory_attention(*args))
+
+
+@pytest.mark.parametrize("name", ["attention-five-rows", "attention-prefill"])
+@pytest.mark.parametrize("index", [1, 2], ids=["key", "value"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_memory_row_is_not_hidden(name, index, number, isa):
+    op, args = CASES[name]()
+    args[index][0, 3, 1, 5] = number
+    out, want = ops.memory_attention(*args), reference.memory_attention(*args)
+    assert not want.isfinite().all() and torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(out.isinf(), want.isinf())
+
+
 def test_a_forked_process_computes_too():
     """The threads of the parent do not exist in the child: waiting for them would never end."""
     torch.set_num_threads(2)

@@ -333,8 +333,8 @@ class Attention {
 
   void merge(Softmax& into, float* sum, const Softmax& from, const float* from_sum) const {
     const float largest = into.max > from.max ? into.max : from.max;
-    const float scale_into = exp2(broadcast(into.max - largest))[0];
-    const float scale_from = exp2(broadcast(from.max - largest))[0];
+    const float scale_into = exp2(broadcast((into.max - largest) * scale))[0];
+    const float scale_from = exp2(broadcast((from.max - largest) * scale))[0];
     into = {largest, into.sum * scale_into + from.sum * scale_from};
     for (int64_t d = 0; d < columns; d += LANES) {
       store(sum + d, load(sum + d) * scale_into + load(from_sum + d) * scale_from);

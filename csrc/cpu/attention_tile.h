@@ -222,32 +222,33 @@ void multiply(int64_t rows, const Product& product) {
   }
 }
 
-// The running softmax of a query row: exponents are in base 2, relative to the largest so far.
+// The running softmax of a query row: the largest score so far, and the sum of weights relative to it.
 struct Softmax {
   float max, sum;
 };
 
-// Scores -> weights 2^(score * scale - max), and their sum as rounded. Returns the factor that brings earlier results to
-// the new maximum. `keys` is a multiple of PANEL.
+// Scores -> weights 2^((score - max) * scale), and their sum as rounded. Returns the factor that brings earlier results
+// to the new maximum. `keys` is a multiple of PANEL. The maximum is subtracted before it is scaled, and so exactly: the
+// rounding error of a huge score's product with the scale would be an exponent beyond float32.
 template <class Scalar>
 float soften(const float* score, int64_t keys, float scale, Softmax& row, float* weight) {
   f32x largest = load(score);
   for (int64_t i = LANES; i < keys; i += LANES) largest = max(largest, load(score + i));
   const float before = row.max;
-  const float block_max = max_lane(largest) * scale;
+  const float block_max = max_lane(largest);
   if (!(block_max <= before)) row.max = block_max;
   constexpr int P = PER_WORD<Scalar>;
   f32x sum = {};
   for (int64_t i = 0; i < keys; i += P * LANES) {
     f32x x[P];
     for (int k = 0; k < P; k++) {
-      x[k] = exp2(fma(load(score + i + k * LANES), broadcast(scale), broadcast(-row.max)));
+      x[k] = exp2((load(score + i + k * LANES) - row.max) * scale);
     }
     const f32x words = pack_words<Scalar>(x);
     store(weight + i / P, words);
     sum = multiply_add<Scalar>(words, one_words<Scalar>(), sum);
   }
-  const float rescale = row.max == before ? 1 : exp2(broadcast(before - row.max))[0];
+  const float rescale = row.max == before ? 1 : exp2(broadcast((before - row.max) * scale))[0];
   row.sum = row.sum * rescale + sum_lanes(sum);
   return rescale;
 }

@@ -1,4 +1,5 @@
 // y = x W^T for a few rows of x: bound by reading W, so each weight is read from memory once, in its own order.
+#include "buffer.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -6,6 +7,8 @@ namespace memkernel::MEMKERNEL_ISA {
 
 static constexpr int ROWS = 4;    // x rows at a time: as many share a load of W
 static constexpr int BLOCK = 64;  // weight rows that a thread takes at a time
+
+static thread_local Buffer packed_x;
 
 // The sum of products of as many numbers as fill a register. x comes packed, in the form that the multiplication takes.
 template <class Scalar>
@@ -46,15 +49,15 @@ struct Dot<bf16> {
 // One product in flight. Packed x is [N / ROWS, in / SIZE, ROWS, SIZE], the last group of rows narrower, `in` padded with
 // zeros: where rows lie a power of two apart, as those of W do, they would fight for the same few cache lines.
 template <class Scalar>
-struct Product {
+struct LinearProduct {
   using D = Dot<Scalar>;
   using Packed = typename D::Packed;
 
   const Linear& a;
   int64_t padded = (a.in + D::SIZE - 1) / D::SIZE * D::SIZE;
-  Packed* x = static_cast<Packed*>(__builtin_malloc(a.N * padded * sizeof(Packed) + 1));
+  Packed* x = packed_x.reserve<Packed>(a.N * padded);
 
-  explicit Product(const Linear& arguments) : a(arguments) {
+  explicit LinearProduct(const Linear& arguments) : a(arguments) {
     for (int64_t n = 0; n < a.N; ++n) {
       const int64_t group = n - n % ROWS, width = a.N - group < ROWS ? a.N - group : ROWS;
       const Scalar* from = static_cast<const Scalar*>(a.x) + n * a.x_N;
@@ -62,7 +65,6 @@ struct Product {
         D::pack(x + group * padded + i * width + n % ROWS * D::SIZE, from + i, a.in - i);
     }
   }
-  ~Product() { __builtin_free(x); }
 
   // y[n, o] for N rows from n and O weight rows from o.
   template <int N, int O>
@@ -111,7 +113,7 @@ struct Product {
 
 template <class Scalar>
 static void multiply(const Linear& a, const Threads& threads) {
-  const Product<Scalar> product(a);
+  const LinearProduct<Scalar> product(a);
   // As many weight rows share a load of x. Eight fill 32 registers; read again for more x, they evict each other from the
   // first-level cache, being a power of two apart.
   const bool wide = LANES == 16 && a.N <= 2 * ROWS;

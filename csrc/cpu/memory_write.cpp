@@ -6,7 +6,8 @@ namespace memkernel::MEMKERNEL_ISA {
 
 static thread_local Buffer scratch;
 
-// Closes the ranks [M]; slot [W] gets where the dropped rows lie. after [M] is scratch.
+// Closes the ranks [M]; slot [W] gets where the dropped rows lie. after [M] is scratch. Where ranks are not distinct some
+// slots are not found: those stay 0, a row that exists.
 static void close_ranks(const MemoryWrite& a, const int32_t* dropped, int32_t* __restrict rank,
                         int32_t* __restrict after, int32_t* __restrict slot) {
   const int32_t first_new = static_cast<int32_t>(a.M - a.W);
@@ -18,6 +19,7 @@ static void close_ranks(const MemoryWrite& a, const int32_t* dropped, int32_t* _
     after[r] = ((after[r] - 1) & is_new) | (survivors & ~is_new);
     survivors += 1 + is_new;
   }
+  __builtin_memset(slot, 0, a.W * sizeof *slot);
   for (int64_t s = 0; s < a.M; ++s) rank[s] = after[rank[s]];
   for (int64_t s = 0; s < a.M; ++s)
     if (rank[s] >= first_new) slot[rank[s] - first_new] = static_cast<int32_t>(s);
