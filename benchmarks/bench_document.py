@@ -27,7 +27,7 @@ def document_case(lab: Lab) -> Case:
 
         def call() -> None:
             engine.update(document)
-            engine.generate(questions, max_tokens=ANSWER_TOKENS)
+            engine.generate(questions, max_tokens=ANSWER_TOKENS, ignore_eos=True)
 
         def output() -> list[Tensor]:
             checked = Engine(shared.model, shared.memory.fork(), shared.folder)

@@ -143,6 +143,13 @@ def markdown_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def multiple(row: dict) -> str:
+    """A rival's time over ours, or why there is none."""
+    if "ratio" not in row:
+        return "refused" if "refused" in row else "does not run"
+    return f"{row['ratio']:.{1 if row['ratio'] < 10 else 0}f} x"
+
+
 def readme_block(rows: list[dict]) -> list[str]:
     """The headline cases of one machine: ours, the share of the ceiling, and the rivals as multiples of ours."""
     cases, lines, rivals = by_case(rows), [], ("published", "transformers")
@@ -152,10 +159,11 @@ def readme_block(rows: list[dict]) -> list[str]:
         if OURS not in timed:
             continue
         ours = timed[OURS]
-        ratios = (timed[name]["ratio"] if name in timed else None for name in rivals)
-        times = ["" if ratio is None else f"{ratio:.{1 if ratio < 10 else 0}f} x" for ratio in ratios]
+        rows_of = {row["contender"]: row for row in some}
+        times = [multiple(rows_of[name]) if name in rows_of else "" for name in rivals]
         share = f"{ours['share']:.0%} ({ours['bound_by']})"
-        lines.append(f"| {title} | {seconds(ours['median_s'])} | {share} | {' | '.join(times)} |")
+        once = ", one round" if ours["rounds"] == 1 else ""
+        lines.append(f"| {title} | {seconds(ours['median_s'])}{once} | {share} | {' | '.join(times)} |")
     if not lines:
         return []
     head = [
@@ -294,9 +302,13 @@ NOTES = [
 
 def agreement(before: list[dict], after: list[dict]) -> str:
     """How far the ratios of two runs agree: a line per rival of a case, then how many do within 10%."""
-    first, lines, close = {(case_of(row), row["contender"]): row for row in before}, [], 0
+
+    def key(row: dict) -> tuple:
+        return *(row[name] for name in ("machine", "shape", "dtype")), case_of(row), row["contender"]
+
+    first, lines, close = {key(row): row for row in before}, [], 0
     for row in after:
-        other = first.get((case_of(row), row["contender"]), {})
+        other = first.get(key(row), {})
         if row["contender"] == OURS or "ratio" not in row or "ratio" not in other:
             continue
         apart = max(row["ratio"] / other["ratio"], other["ratio"] / row["ratio"])

@@ -3,8 +3,8 @@
     python examples/transformers_memory.py [checkpoint folder]
 
 The memory is written by memkernel. transformers' own modules then answer a prompt with the checkpoint's read weights:
-the registered attention function adds the memory's rows to those of transformers' cache, in one op, without copying
-either, and no mask is made. The tokens must be those of memkernel's own engine.
+the registered attention function adds the memory's rows to those of transformers' cache, in one op that reads the memory
+where it lies, and no mask is made. The tokens must be those of memkernel's own engine.
 """
 
 import sys
@@ -26,7 +26,8 @@ QUESTION = "What does David like? He likes"
 
 def attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling: float, **kwargs):
     """transformers' signature: query [B, H, T, D], key and value [B, G, S, D] of its cache, all of it seen up to the
-    diagonal. Heads come second there and third here; the ops take strides as they are."""
+    diagonal. Heads come second there and third here: the Triton kernels take such strides, the CPU kernel copies the
+    cache's rows, not the memory's."""
     own_key, own_value = key.transpose(1, 2), value.transpose(1, 2)
     memory, i, (B, _, T, _) = module.memory, module.layer_idx, query.shape
     start = torch.full((B,), key.shape[2] - T, dtype=torch.int32, device=query.device)
