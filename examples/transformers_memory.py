@@ -3,8 +3,8 @@
     python examples/transformers_memory.py [checkpoint folder]
 
 The memory is written by memkernel. transformers' own modules then answer a prompt with the checkpoint's read weights:
-the registered attention function adds the memory's rows to those of transformers' cache, in one op that reads the memory
-where it lies, and no mask is made. The tokens must be those of memkernel's own engine.
+the registered attention function adds the memory's rows to those of transformers' cache, in one op that reads the
+memory where it lies, and no mask is made. The tokens must be those of memkernel's own engine.
 """
 
 import sys
