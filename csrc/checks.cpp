@@ -106,7 +106,7 @@ Tensor empty(IntHeaderOnlyArrayRef shape, ScalarType dtype) {
   for (size_t i = shape.size(); i-- > 0; stride *= shape[i] > 1 ? shape[i] : 1) strides[i] = stride;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       shape.size(), shape.data(), strides.data(), shim_dtype, aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }

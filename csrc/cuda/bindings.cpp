@@ -48,7 +48,7 @@ bool draw_and_write(const std::vector<Tensor>& pools, const Tensor& rank, const 
   const auto device = rank.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = memkernel_draw_and_write(&args, stream);
   STD_TORCH_CHECK(error <= 0, "draw_and_write_: CUDA error " + std::to_string(error));
   return error == 0;
