@@ -203,7 +203,8 @@ def test_the_command_times_and_hands_its_rounds_to_pytest_benchmark(tmp_path, fl
 
 def test_the_gpu_script_goes_through_its_parts_and_the_report_shows_every_row(tmp_path):
     done = run("bash", "benchmarks/on_gpu.sh", tmp_path / "out", "--dry-run", PYTHON=sys.executable)
-    assert done.returncode == 0, done.stdout + (tmp_path / "out" / "log.txt").read_text()[-3000:]
+    logs = "".join(log.read_text()[-3000:] for log in (tmp_path / "out").glob("*.log"))
+    assert done.returncode == 0, done.stdout + logs
     verdicts = dict(re.findall(r"^(\w+) +(passed|not run)", (tmp_path / "out" / "summary.txt").read_text(), re.M))
     assert verdicts == dict.fromkeys(["tests", "build", "benchmarks", "report"], "passed") | {"sanitizer": "not run"}
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
