@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from benchmarks import bench_memory_attention, bench_update, report
 from benchmarks.lab import Lab
 from benchmarks.race import Session
 from benchmarks.shapes import Least, Work, filled_memory, random_model
-from benchmarks.timing import Ceilings, Clock, Contender, Gauge, relative_error
+from benchmarks.timing import CYCLES, HEAD_START, Ceilings, Clock, Contender, Gauge, relative_error
 from memkernel import ops, reference, tiny
 from memkernel.config import ModelConfig
 
@@ -65,6 +66,39 @@ def interleaved(contenders):
     clock = Clock(CPU)
     gauge = Gauge(clock, CPU, torch.float32, tiny=True)
     return clock.interleaved(contenders, dict.fromkeys(contenders, 0.0), False, budget=0.0, min_rounds=4, gauge=gauge)
+
+
+def test_the_host_launches_a_cold_call_on_a_gpu_before_the_device_begins(monkeypatch):
+    """Whose part is played here: a launch takes the host 2 ms, and the device nothing."""
+    slept, log = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, other):
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (log.append("sleep"), slept.append(cycles / CYCLES)))
+    clock = Clock(CPU)
+    clock.on_gpu = True
+    clock.began, clock.ended = Event(True), Event(True)
+
+    def call():
+        log.append("call")
+        time.sleep(2e-3)
+
+    for _ in range(2):
+        assert clock.seconds(call, cold=True) == (7e-3, 7e-3)
+    assert log == ["wait", "sleep", "event", "call", "event", "wait"] * 2
+    assert slept[0] == 1.5 * HEAD_START and 3e-3 <= slept[1] <= 4 * HEAD_START
+    wall, device = clock.seconds(call)
+    assert 2e-3 <= wall < 7e-3 == device and len(slept) == 2
 
 
 def test_rounds_take_turns_and_quick_contenders_are_called_more_often():
