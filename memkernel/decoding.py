@@ -137,6 +137,12 @@ class Decoders:
             if idle_key == key:
                 del idle[i]
                 return key, decoder
+        try:
+            return key, Decoder(self.model, memory, *key, self.graphs)
+        except torch.OutOfMemoryError:
+            if not self.idle:
+                raise
+            self.idle.clear()
         return key, Decoder(self.model, memory, *key, self.graphs)
 
     def give_back(self, key: tuple, decoder: Decoder, memory: Memory | None) -> None:

@@ -160,6 +160,25 @@ def test_decoders_are_used_again_and_cleared(make, monkeypatch):
     assert sum(map(len, engine._decoders.idle.values())) == IDLE_DECODERS
 
 
+def test_idle_decoders_give_way_where_memory_runs_out(make, monkeypatch):
+    engine, asked = make(), []
+
+    def scarce(*args):
+        asked.append(len(engine._decoders.idle))
+        if engine._decoders.idle or len(asked) > 3:
+            raise torch.OutOfMemoryError("none left")
+        return Decoder(*args)
+
+    monkeypatch.setattr("memkernel.decoding.Decoder", scarce)
+    engine.generate([1, 2], max_tokens=2)
+    want = engine.generate([1, 2], max_tokens=2, logprobs=1)
+    assert asked == [0, 1, 0]
+    assert engine.generate([1, 2], max_tokens=2, logprobs=1) == want
+    engine._decoders.idle.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate([1, 2], max_tokens=2)
+
+
 def test_a_decoder_does_not_outlive_its_memory(make):
     engine = make()
     first = engine.memory
