@@ -46,7 +46,9 @@ if platform.machine() not in ("x86_64", "AMD64"):
 def nvcc() -> str | None:
     """The CUDA compiler, where the extensions are for a torch that has CUDA."""
     torch = torch_folder()
-    return shutil.which("nvcc") if torch and (torch / "lib/libtorch_cuda.so").exists() else None
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))  # its bin is not on every PATH
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=home / "bin")
+    return found if torch and (torch / "lib/libtorch_cuda.so").exists() else None
 
 
 class Build(build_ext):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import Work
 
+HEAD_START = 5e-3  # seconds that the host is taken to need for launching a call's kernels, until it has been seen
+CYCLES = 2e9  # a second of it, at the highest clock rate
 EVICTING_BYTES = 256 << 20  # several times the largest cache of the machines that we know
 ROUND = 0.1  # seconds up to which quick contenders repeat their call in a round that has slower ones
 PATIENCE = 6.0  # seconds of timing after which long calls need no further round: they average over noise themselves
@@ -38,8 +41,8 @@ class Contender:
 
 @dataclass
 class Samples:
-    """Seconds of each round, the median of the round's calls: by the host's clock and, on a GPU, between two events
-    around the call on the device."""
+    """Seconds of each round, the median of the round's calls: by the host's clock (cold calls on a GPU aside) and, on a
+    GPU, between two events around the call on the device."""
 
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
@@ -76,26 +79,39 @@ class Clock:
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
         self.evicting = torch.ones(EVICTING_BYTES // 4, device=device)
+        self.launching = WeakKeyDictionary()  # seconds that the host took for a cold call the last time
         if self.on_gpu:
             self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def seconds(self, call: Callable, before: Callable = nothing, cold: bool = False) -> tuple[float, float]:
-        """(wall, device) seconds of one call. Device seconds are the wall's where the device is the CPU."""
+        """(wall, device) seconds of one call. Device seconds are the wall's where the device is the CPU.
+
+        Cold calls are of single ops, which a model launches from a graph. So on a GPU the host gets a head start, in
+        which it launches all of the call's kernels, and the wall's seconds are the device's.
+        """
         before()
-        if cold:
-            self.evicting.zero_() if self.on_gpu else self.evicting.sum()  # a CPU would write dirty lines back later
         if not self.on_gpu:
+            if cold:
+                self.evicting.sum()  # not written to: the CPU would write dirty lines back later
             began = time.perf_counter()
             call()
             wall = time.perf_counter() - began
             return wall, wall
         torch.cuda.synchronize()
+        if cold:
+            self.evicting.zero_()
+            torch.cuda._sleep(int(CYCLES * min(4 * HEAD_START, 1.5 * self.launching.get(call, HEAD_START))))
         began = time.perf_counter()
         self.began.record()
         call()
         self.ended.record()
+        launched = time.perf_counter() - began
         torch.cuda.synchronize()
-        return time.perf_counter() - began, self.began.elapsed_time(self.ended) / 1e3
+        wall, device = time.perf_counter() - began, self.began.elapsed_time(self.ended) / 1e3
+        if not cold:
+            return wall, device
+        self.launching[call] = launched
+        return device, device
 
     def interleaved(
         self,

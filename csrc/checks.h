@@ -59,6 +59,7 @@ Tensor empty(IntHeaderOnlyArrayRef shape, ScalarType dtype);
 Threads threads_for(int64_t bytes);
 
 // Calls another registered op. Its errors arrive without their message, so arguments are checked before.
+// (TORCH_ERROR_CODE_CHECK: of the names that newer headers have for it, the one that those of torch 2.10 have too.)
 template <class Result, class... Args>
 Result call(const char* op, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};

@@ -24,8 +24,9 @@ IDLE_DECODERS = 8  # kept for the next prompts, each with its cache and graph
 def prefill(model: Llama, prompts: list[Tensor], cache: SequenceCache, memory: Memory | None) -> tuple[Tensor, Tensor]:
     """Read prompts [T] int64 of any lengths; returns hidden [B, longest T, E] and the lengths [B] int32."""
     device, longest = cache.key.device, max(map(len, prompts))
-    hidden = model.read(pad_sequence(prompts, batch_first=True).to(device), cache, memory)
+    # Before anything is read: a copy from the host's pageable memory waits for all that the device was given.
     lengths = torch.tensor([len(ids) for ids in prompts], dtype=torch.int32, device=device)
+    hidden = model.read(pad_sequence(prompts, batch_first=True).to(device), cache, memory)
     cache.advance(lengths, longest)
     return hidden, lengths
 
@@ -136,6 +137,12 @@ class Decoders:
             if idle_key == key:
                 del idle[i]
                 return key, decoder
+        try:
+            return key, Decoder(self.model, memory, *key, self.graphs)
+        except torch.OutOfMemoryError:
+            if not self.idle:
+                raise
+            self.idle.clear()
         return key, Decoder(self.model, memory, *key, self.graphs)
 
     def give_back(self, key: tuple, decoder: Decoder, memory: Memory | None) -> None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 
@@ -22,6 +23,13 @@ class Graphs:
         self.device = device
         self.captured = weakref.WeakSet()  # of Graph
         self._pool = None
+
+    @cached_property
+    def side(self) -> torch.cuda.Stream:
+        """Where work is first done and then captured: one stream, since freed memory and the workspaces of matrix
+        products are kept for each, and one on this device, as the one that torch.cuda.graph makes for all need not be.
+        """
+        return torch.cuda.Stream(self.device)
 
     def pool(self):
         if not self.captured:  # a pool that no graph uses any more is gone
@@ -55,15 +63,15 @@ class Graph:
             self.captured.replay()
 
     def _on_side_stream(self, function: Callable[[], None]) -> None:
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        main, side = torch.cuda.current_stream(), self.graphs.side
         side.wait_stream(main)
         with torch.cuda.stream(side):
             function()
         main.wait_stream(side)
 
     def _capture(self, function: Callable[[], None]) -> None:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.graphs.pool(), capture_error_mode="thread_local"):
+        graph, place = torch.cuda.CUDAGraph(), {"pool": self.graphs.pool(), "stream": self.graphs.side}
+        with torch.cuda.graph(graph, **place, capture_error_mode="thread_local"):
             function()
         self.captured = graph
         self.graphs.captured.add(self)

@@ -153,7 +153,7 @@ class Sampler:
 
     def begin(self, requests: list) -> None:
         """Take over the parameters of at most B requests that have no token yet; rows beyond are greedy."""
-        reals, integers = torch.zeros(self.reals.shape, dtype=torch.float64), torch.zeros_like(self.integers.cpu())
+        reals, integers = (torch.zeros(x.shape, dtype=x.dtype) for x in (self.reals, self.integers))
         reals[1], reals[3], integers[1] = 1.0, 1.0, self.vocab
         for i, request in enumerate(requests):
             p = request.params

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from benchmarks import bench_memory_attention, bench_update, report
 from benchmarks.lab import Lab
 from benchmarks.race import Session
 from benchmarks.shapes import Least, Work, filled_memory, random_model
-from benchmarks.timing import Ceilings, Clock, Contender, Gauge, relative_error
+from benchmarks.timing import CYCLES, HEAD_START, Ceilings, Clock, Contender, Gauge, relative_error
 from memkernel import ops, reference, tiny
 from memkernel.config import ModelConfig
 
@@ -65,6 +66,39 @@ def interleaved(contenders):
     clock = Clock(CPU)
     gauge = Gauge(clock, CPU, torch.float32, tiny=True)
     return clock.interleaved(contenders, dict.fromkeys(contenders, 0.0), False, budget=0.0, min_rounds=4, gauge=gauge)
+
+
+def test_the_host_launches_a_cold_call_on_a_gpu_before_the_device_begins(monkeypatch):
+    """Whose part is played here: a launch takes the host 2 ms, and the device nothing."""
+    slept, log = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, other):
+            return 7.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (log.append("sleep"), slept.append(cycles / CYCLES)))
+    clock = Clock(CPU)
+    clock.on_gpu = True
+    clock.began, clock.ended = Event(True), Event(True)
+
+    def call():
+        log.append("call")
+        time.sleep(2e-3)
+
+    for _ in range(2):
+        assert clock.seconds(call, cold=True) == (7e-3, 7e-3)
+    assert log == ["wait", "sleep", "event", "call", "event", "wait"] * 2
+    assert slept[0] == 1.5 * HEAD_START and 3e-3 <= slept[1] <= 4 * HEAD_START
+    wall, device = clock.seconds(call)
+    assert 2e-3 <= wall < 7e-3 == device and len(slept) == 2
 
 
 def test_rounds_take_turns_and_quick_contenders_are_called_more_often():
@@ -210,7 +244,8 @@ def test_the_command_times_and_hands_its_rounds_to_pytest_benchmark(tmp_path, fl
 
 def test_the_gpu_script_goes_through_its_parts_and_the_report_shows_every_row(tmp_path):
     done = run("bash", "benchmarks/on_gpu.sh", tmp_path / "out", "--dry-run", PYTHON=sys.executable)
-    assert done.returncode == 0, done.stdout + (tmp_path / "out" / "log.txt").read_text()[-3000:]
+    logs = "".join(log.read_text()[-3000:] for log in (tmp_path / "out").glob("*.log"))
+    assert done.returncode == 0, done.stdout + logs
     verdicts = dict(re.findall(r"^(\w+) +(passed|not run)", (tmp_path / "out" / "summary.txt").read_text(), re.M))
     assert verdicts == dict.fromkeys(["tests", "build", "benchmarks", "report"], "passed") | {"sanitizer": "not run"}
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]

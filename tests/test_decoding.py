@@ -160,6 +160,25 @@ def test_decoders_are_used_again_and_cleared(make, monkeypatch):
     assert sum(map(len, engine._decoders.idle.values())) == IDLE_DECODERS
 
 
+def test_idle_decoders_give_way_where_memory_runs_out(make, monkeypatch):
+    engine, asked = make(), []
+
+    def scarce(*args):
+        asked.append(len(engine._decoders.idle))
+        if engine._decoders.idle or len(asked) > 3:
+            raise torch.OutOfMemoryError("none left")
+        return Decoder(*args)
+
+    monkeypatch.setattr("memkernel.decoding.Decoder", scarce)
+    engine.generate([1, 2], max_tokens=2)
+    want = engine.generate([1, 2], max_tokens=2, logprobs=1)
+    assert asked == [0, 1, 0]
+    assert engine.generate([1, 2], max_tokens=2, logprobs=1) == want
+    engine._decoders.idle.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.generate([1, 2], max_tokens=2)
+
+
 def test_a_decoder_does_not_outlive_its_memory(make):
     engine = make()
     first = engine.memory
@@ -272,10 +291,17 @@ def test_work_is_done_then_captured_then_replayed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorded)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: (log.append("capture"), nullcontext())[1])
+    streams = []  # of captures
+
+    def capture(graph, stream, **options):
+        log.append("capture"), streams.append(stream)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (str(device), len(streams)))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: log.append("pool"))
     monkeypatch.setattr(Graph, "_on_side_stream", lambda self, function: (log.append("side"), function()))
-    graphs = Graphs(torch.device("cuda"), memkernel.ops)
+    graphs = Graphs(torch.device("cuda:1"), memkernel.ops)
     with monkeypatch.context() as patch:
         for has_kernels in (True, False):
             patch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key, has=has_kernels: has)
@@ -293,6 +319,7 @@ def test_work_is_done_then_captured_then_replayed(monkeypatch):
     third = Graph(graphs)
     third.run(lambda: None), third.run(lambda: None)
     assert log == ["side", "pool", "capture", "replay"]  # no graph of the pool was left
+    assert streams == [("cuda:1", 0)] * 3  # one, on the engine's device: what shares a pool must share it
 
 
 def test_every_update_of_a_length_is_the_same_work(make):

@@ -119,7 +119,8 @@ def test_chosen_path_reads_any_strides(name):
     got, want = (memory_attention(*[t.to(DEVICE) for t in given]) for given in (strided, args))
     if args[0].shape[-1] in (16, 32, 64, 128):
         assert torch.equal(got, want)
-    assert_no_worse(name, got.cpu(), plain(cast("", args, torch.float64)), plain(args))
+    if got.numel():
+        assert_no_worse(name, got.cpu(), plain(cast("", args, torch.float64)), plain(args))
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -137,8 +137,8 @@ def decode_attention(
     memory_splits = memory_splits if M else 0
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     mean, lse = partials(memory_splits + own_splits, out)
-    own_rows = min(tile.rows, max(16, triton.next_power_of_2(T * Q)))
-    memory_tiles, own_tiles = triton.cdiv(B // P * T * Q, tile.rows), triton.cdiv(T * Q, own_rows)
+    own_rows = min(tile.rows, max(16, tiles.next_power_of_2(T * Q)))
+    memory_tiles, own_tiles = tiles.cdiv(B // P * T * Q, tile.rows), tiles.cdiv(T * Q, own_rows)
     grid = (P * memory_splits * G * memory_tiles + B * own_splits * G * own_tiles,)
     arguments = [x for t in (query, memory_key, memory_value, key, value) for x in (t, t.stride()[:3])]
     decode_kernel[grid](
@@ -156,9 +156,9 @@ def plan_decode(query: Tensor, memory_key: Tensor, key: Tensor, chip: Chip) -> t
     P, M, G, _ = memory_key.shape
     rows = T * (H // G)
     packed = B // P * rows
-    tile = tiles.tile(chip.family, query.itemsize, D, min(128, max(16, triton.next_power_of_2(packed))))
+    tile = tiles.tile(chip.family, query.itemsize, D, min(128, max(16, tiles.next_power_of_2(packed))))
     slots = chip.processors * tile.programs
-    blocks, own_blocks = triton.cdiv(M, tile.keys), triton.cdiv(key.shape[1], tile.keys * OWN_BLOCKS)
+    blocks, own_blocks = tiles.cdiv(M, tile.keys), tiles.cdiv(key.shape[1], tile.keys * OWN_BLOCKS)
     least, own_least = (tiles.least_splits(rows, query.itemsize) for rows in (M, key.shape[1]))
-    memory_splits = tiles.split_count(P * G * triton.cdiv(packed, tile.rows), blocks, slots, least)
+    memory_splits = tiles.split_count(P * G * tiles.cdiv(packed, tile.rows), blocks, slots, least)
     return tile, memory_splits, tiles.split_count(B * G, own_blocks, slots, own_least)

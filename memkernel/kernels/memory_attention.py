@@ -129,7 +129,7 @@ def prefill_attention(
     if tma:
         sources = [TensorDescriptor.from_tensor(t.transpose(1, 2), [1, 1, tile.keys, D]) for t in sources]
     arguments = [x for pair in zip(sources, strides, strict=True) for x in pair]
-    grid = (triton.cdiv(T * (H // G), tile.rows), G, B * splits)
+    grid = (tiles.cdiv(T * (H // G), tile.rows), G, B * splits)
     prefill_kernel[grid](
         query, query.stride()[:3], *arguments, start, written, lse, B, T, M, S, B // P, splits, D**-0.5 * LOG2_E,
         H=H, G=G, D=D, BLOCK_X=tile.rows, BLOCK_K=tile.keys, EVEN=M % tile.keys == 0, TMA=tma, PARTIAL=splits > 1,
@@ -145,8 +145,8 @@ def plan_prefill(query: Tensor, rows: list[Tensor], chip: Chip) -> tuple[Tile, i
     B, T, H, D = query.shape
     M, G, S = *rows[0].shape[1:3], rows[2].shape[1]
     tile = tiles.tile(chip.family, query.itemsize, D, "prefill")
-    programs = triton.cdiv(T * (H // G), tile.rows) * G * B
-    blocks = triton.cdiv(M, tile.keys) + triton.cdiv(S, tile.keys)
+    programs = tiles.cdiv(T * (H // G), tile.rows) * G * B
+    blocks = tiles.cdiv(M, tile.keys) + tiles.cdiv(S, tile.keys)
     least = tiles.least_splits(M + S, query.itemsize)
     splits = tiles.split_count(programs, blocks, chip.processors * tile.programs, least)
     return tile, splits, chip.family in tiles.HAS_TMA and _descriptors_fit(*rows)

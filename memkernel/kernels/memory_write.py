@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernel import _check, reference
+from memkernel.kernels import tiles
 
 FEISTEL_ROUNDS = tl.constexpr(reference.FEISTEL_ROUNDS)
 DRAW_BLOCK = 32  # one warp: lanes wait for each other's cycle walks, so the fewer the better
@@ -141,7 +142,7 @@ def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) 
     drawn = torch.empty(layers, count, dtype=torch.int32, device=state.device)
     if drawn.numel():
         bits = max(2, (rows - 1).bit_length())
-        grid = (triton.cdiv(count, DRAW_BLOCK), layers)
+        grid = (tiles.cdiv(count, DRAW_BLOCK), layers)
         draw_ranks_kernel[grid](
             state,
             state.stride(0),
@@ -166,7 +167,7 @@ def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped
     if L == 0 or W == 0:
         return None
     closed = rank.new_empty(L, M)
-    grid = (triton.cdiv(M, RANK_BLOCK), L)
+    grid = (tiles.cdiv(M, RANK_BLOCK), L)
     close_ranks_kernel[grid](dropped.contiguous(), closed, M, W, RANK_BLOCK, DROPPED_BLOCK, num_warps=4)
     pairs = [(pool, _packed_rows(new)) for pool, new in zip(pools, rows, strict=True) if pool.numel()]
     _write_rows(rank, closed, pairs[:POOLS], W)
@@ -189,7 +190,7 @@ def _write_rows(rank: Tensor, closed: Tensor | None, pairs: list[tuple[Tensor, T
         for number in (pool.data_ptr(), new.data_ptr(), lengths[-1], *strides[-1]):
             addresses |= number
     word = addresses & -addresses
-    write_rows_kernel[(triton.cdiv(M, SLOT_BLOCK), L)](
+    write_rows_kernel[(tiles.cdiv(M, SLOT_BLOCK), L)](
         rank,
         rank.stride(0),
         closed,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memkernel import _check, reference
+from memkernel.kernels import tiles
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_NORM = 16384  # elements of a row that a program holds in registers
@@ -183,7 +184,7 @@ def _norm(residual: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Ten
     if out.numel():
         x_NE, residual_NE = _rows_or_copy(x, 1), None if residual is None else _rows(residual, 1)
         N, E = x_NE.shape
-        block = triton.next_power_of_2(E)
+        block = tiles.next_power_of_2(E)
         rms_norm_kernel[(N,)](
             residual_NE,
             x_NE,
@@ -208,9 +209,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     out = torch.empty(*gate_up.shape[:-1], F, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel():
         rows = _rows_or_copy(gate_up, 1)
-        swiglu_kernel[(len(rows), triton.cdiv(F, SWIGLU_BLOCK))](
-            rows, out, rows.stride(0), F, SWIGLU_BLOCK, num_warps=4
-        )
+        swiglu_kernel[(len(rows), tiles.cdiv(F, SWIGLU_BLOCK))](rows, out, rows.stride(0), F, SWIGLU_BLOCK, num_warps=4)
     return out
 
 
@@ -235,8 +234,8 @@ def rope_write_(
     if key.numel():
         read = [t if _has_packed_heads(t) else t.contiguous() for t in (query, key, value)]
         strides = tuple(t.stride()[:2] for t in (cache_key, cache_value, *read))
-        grid = (T, B, triton.cdiv(H, ROPE_HEADS) + triton.cdiv(G, ROPE_HEADS))
-        tables, block = (cos.contiguous(), sin.contiguous()), triton.next_power_of_2(D // 2)
+        grid = (T, B, tiles.cdiv(H, ROPE_HEADS) + tiles.cdiv(G, ROPE_HEADS))
+        tables, block = (cos.contiguous(), sin.contiguous()), tiles.next_power_of_2(D // 2)
         rope_write_kernel[grid](
             cache_key,
             cache_value,
@@ -269,9 +268,9 @@ def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin:
     if key.dtype not in DTYPES or D % 2 or rotated_NX is None:
         return reference.rotate_memory_(rotated, key, rank, cos, sin, offset)
     key_NX, N = _rows_or_copy(key, 2), len(rotated_NX)
-    heads, pairs = triton.next_power_of_2(G), triton.next_power_of_2(D // 2)
+    heads, pairs = tiles.next_power_of_2(G), tiles.next_power_of_2(D // 2)
     block = max(1, ROTATE_PAIRS // (heads * pairs))
-    rotate_memory_kernel[(triton.cdiv(N, block),)](
+    rotate_memory_kernel[(tiles.cdiv(N, block),)](
         rotated_NX,
         key_NX,
         rank.contiguous(),
