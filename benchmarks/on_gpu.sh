@@ -61,7 +61,7 @@ fi
 shape=8b
 [ $device = cpu ] && shape=tiny
 # What matters most comes first, in case time runs out: each row is written when it is known.
-files=(benchmarks/bench_{memory_attention,read,update,small_ops,document,memory_file,cold_start}.py)
+files=(benchmarks/bench_{read,update,memory_attention,small_ops,document,memory_file,cold_start}.py)
 part benchmarks 240 "$python" -m pytest -q "${files[@]}" --benchmark --shape $shape \
   --device $device --results "$out/results.jsonl"
 part report 20 "$python" -m benchmarks.report --results "$out/results.jsonl" --text "$out/report.txt"
