@@ -300,20 +300,19 @@ NOTES = [
 ]
 
 
-def agreement(before: list[dict], after: list[dict]) -> str:
-    """How far the ratios of two runs agree: a line per rival of a case, then how many do within 10%."""
-
-    def key(row: dict) -> tuple:
-        return *(row[name] for name in ("machine", "shape", "dtype")), case_of(row), row["contender"]
-
-    first, lines, close = {key(row): row for row in before}, [], 0
-    for row in after:
-        other = first.get(key(row), {})
-        if row["contender"] == OURS or "ratio" not in row or "ratio" not in other:
-            continue
-        apart = max(row["ratio"] / other["ratio"], other["ratio"] / row["ratio"])
-        close += apart <= 1.1
-        lines.append(f"{case_of(row):28} {row['contender']:13} {other['ratio']:8.2f} {row['ratio']:8.2f}")
+def agreement(rows: list[dict]) -> str:
+    """How far the ratios of the newest two runs agree: a line per rival of a case, then how many do within 10%."""
+    before, after = ({}, {})
+    for run, kept in zip(sorted({row["run"] for row in rows})[-2:], (before, after), strict=True):
+        kept |= {
+            (row["machine"], row["shape"], case_of(row), row["contender"]): row for row in rows if row["run"] == run
+        }
+    both = [(before[key], row) for key, row in after.items() if "ratio" in row and "ratio" in before.get(key, {})]
+    lines, close = [], 0
+    for old, new in both:
+        if new["contender"] != OURS:
+            close += max(new["ratio"] / old["ratio"], old["ratio"] / new["ratio"]) <= 1.1
+            lines.append(f"{case_of(new):28} {new['contender']:13} {old['ratio']:8.2f} {new['ratio']:8.2f}")
     return "\n".join([*lines, f"{close} of {len(lines)} ratios within 10%"])
 
 
@@ -331,11 +330,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
     parser.add_argument("--text", type=Path, help="write only a plain-text table, to this file")
-    parser.add_argument("--agreement", type=Path, help="only compare with the ratios in this file, of another run")
+    parser.add_argument("--agreement", action="store_true", help="only compare the ratios of the newest two runs")
     arguments = parser.parse_args()
     rows = read(arguments.results)
     if arguments.agreement:
-        print(agreement(read(arguments.agreement), rows))
+        print(agreement(rows))
         return
     if arguments.text:
         arguments.text.write_text("\n\n".join(map(table, newest_runs(rows))) + "\n")

@@ -261,13 +261,14 @@ def test_the_gpu_script_goes_through_its_parts_and_the_report_shows_every_row(tm
 
 
 def test_two_runs_are_compared_by_the_ratios_of_their_rivals():
-    common = {"workload": "decode", "machine": "here", "shape": "1b", "dtype": "bfloat16"}
+    common = {"workload": "decode", "machine": "here", "shape": "1b", "run": "3"}
     rows = [common | {"B": B, "contender": name, "ratio": 2.0} for B in (1, 8) for name in ("memkernel", "sdpa")]
-    others = [row | {"ratio": 2.0 * row["B"] ** 0.04} for row in rows] + [common | {"contender": "flex"}]
-    assert report.agreement(rows, others).splitlines()[-1] == "2 of 2 ratios within 10%"
+    others = [row | {"run": "4", "ratio": 2.0 * row["B"] ** 0.04} for row in rows] + [common | {"contender": "flex"}]
+    oldest = [row | {"run": "1", "ratio": 9.0} for row in rows]
+    assert report.agreement(oldest + rows + others).splitlines()[-1] == "2 of 2 ratios within 10%"
     others[1]["ratio"] = 1.8
-    assert report.agreement(rows, others).splitlines()[-1] == "1 of 2 ratios within 10%"
-    assert report.agreement(rows, [row | {"shape": "8b"} for row in rows]) == "0 of 0 ratios within 10%"
+    assert report.agreement(rows + others).splitlines()[-1] == "1 of 2 ratios within 10%"
+    assert report.agreement(rows + [row | {"shape": "8b"} for row in others]) == "0 of 0 ratios within 10%"
 
 
 def test_the_readme_block_is_replaced_and_nothing_else(tmp_path):
