@@ -46,17 +46,20 @@ def fitting(drawn: list[Fact], longest: int, count: Callable[[str], int], rng: r
 def several_facts(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
     """One update of different facts, as many as it holds."""
     text, told = fitting(facts.draw_facts(rng, 64, True, same_subject=0), longest, count, rng)
+    if not told:
+        raise ValueError(f"longest: expected room for a fact, got {longest} tokens, which this tokenizer fills sooner")
     return Case((text,), tuple(Question(fact.question(rng), (fact.value,)) for fact in told))
 
 
 def same_subject(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
     """One update with two facts about one subject, which must not be mixed up."""
-    while True:
+    for _ in range(1000):
         first = facts.draw_fact(rng, True)
         text, told = fitting([first, facts.draw_fact(rng, True, first)], longest, count, rng)
         if len(told) == 2:
             questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in told)
             return Case((text,), questions, "same subject")
+    raise ValueError(f"longest: expected room for two facts, got {longest} tokens, which this tokenizer fills sooner")
 
 
 def corrected(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:

@@ -8,7 +8,7 @@ def _axes():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("a plot needs matplotlib: pip install matplotlib, or leave out --plot") from None
+        raise ValueError("--plot: it needs matplotlib, which is not installed: pip install matplotlib") from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()

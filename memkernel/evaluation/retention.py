@@ -1,4 +1,4 @@
-"""How long facts are remembered: recall right after they are told and after t unrelated updates, beside its controls."""
+"""How long facts are remembered: recall right after they are told and after t unrelated updates, beside controls."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,9 +1,9 @@
 """What one training step reads and writes: after MemoryLLM, section 3.2, every step is an episode of updates, of which
 one carries gradient, and of questions asked at its end.
 
-    (a) new knowledge       one update with gradient; half the time its rows alone are read, half the time the whole pool
-    (b) continuous contexts several updates, the last one with gradient; questions about all of them
-    (c) against forgetting  an update with gradient, then unrelated ones; questions about the first
+    (a) new knowledge: one update with gradient; half the time its rows alone are read, half the time the whole pool
+    (b) continuous contexts: several updates, the last one with gradient; questions about all of them
+    (c) against forgetting: an update with gradient, then unrelated ones; questions about the first
 """
 
 import random

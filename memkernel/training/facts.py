@@ -1,7 +1,7 @@
 """Generated English: facts in many phrasings, questions with their exact answers, corrections, and side texts.
 
-A question reads "Where does Anna live? Answer:", its answer " Oslo" and the end of the sequence. All that is generated is
-a function of the random generator that is passed in.
+A question reads "Where does Anna live? Answer:", its answer "Oslo" and the end of the sequence. All that is generated
+is a function of the random generator that is passed in.
 """
 
 import random

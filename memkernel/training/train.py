@@ -24,7 +24,7 @@ from memkernel.training.differentiable import DifferentiableLlama, draw_kept, fi
 from memkernel.training.episodes import Episode, Plan, make_episode, plan_step
 
 GEOMETRY = {
-    "model_type": "memoryllm",
+    "model_type": "llama",  # as the published 8B checkpoints say
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
@@ -85,7 +85,7 @@ class Trainer:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self) -> dict[str, float]:
-        """One step of AdamW; returns its loss and its recall, the share of answers of which every token was likeliest."""
+        """One step of AdamW; returns its loss and its recall (see `score`)."""
         settings = self.settings
         rng = random.Random(f"{settings.seed} {self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
@@ -169,14 +169,19 @@ class Trainer:
         return True
 
     def export(self) -> None:
-        """Write config.json and model.safetensors in the published layout, with the first of the pools."""
-        L, M, E = self.config.num_layers, self.config.memory_rows, self.config.hidden_size
-        tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in self.weights.items()}
-        tensors["memory"] = torch.zeros(L, M, E) if self.pool is None else self.pool[:, 0].float().cpu().contiguous()
-        tensors["initialized"] = torch.tensor(int(self.pool is not None), dtype=torch.uint8)
-        (self.folder / "config.json").write_text(json.dumps(self.raw, indent=1) + "\n")
-        path = self.folder / "model.safetensors"
-        replace(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))
+        """Write the checkpoint, with the first of the pools as its memory."""
+        write_checkpoint(self.folder, self.raw, self.weights, None if self.pool is None else self.pool[:, 0])
+
+
+def write_checkpoint(folder: Path, raw: dict, weights: dict[str, Tensor], memory: Tensor | None) -> None:
+    """Write config.json and model.safetensors (float32) in the published layout; memory [L, M, E] or None, empty."""
+    config = ModelConfig.from_dict(raw)
+    tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()}
+    nothing = torch.zeros(config.num_layers, config.memory_rows, config.hidden_size)
+    tensors["memory"] = nothing if memory is None else memory.float().cpu().contiguous()
+    tensors["initialized"] = torch.tensor(int(memory is not None), dtype=torch.uint8)
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+    replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def score(logits: Tensor, episode: Episode) -> tuple[Tensor, float]:
