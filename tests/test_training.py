@@ -257,4 +257,5 @@ def test_the_curriculum_ends_in_the_published_recipe():
     several = [plan for plan in end if plan.updates > 1]
     assert not any(plan.alone for plan in several)
     assert abs(sum(plan.graded == 0 for plan in several) / len(several) - 0.5) < 0.04
+    assert max(plan.updates for plan in end) == 17
     assert all(plan.graded in (0, plan.updates - 1) and 16 <= plan.chunk <= 32 for plan in end)

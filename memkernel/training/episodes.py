@@ -6,6 +6,7 @@ one carries gradient, and of questions asked at its end.
     (c) against forgetting: an update with gradient, then unrelated ones; questions about the first
 """
 
+import math
 import random
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ TOLD_WEIGHT = 0.5  # on the tokens of a fact that is told again
 ASKED = 0.6  # of the facts that are read after the first; the others are told again
 CORRECTED = 0.1  # of the facts, by a later one
 ABOUT_GRADED = 0.75  # of the questions of an episode of several updates
+MOST_LATER = 16  # unrelated updates after the one that is asked about
 FIRST_FILL = 0.04  # of the episodes begin with empty pools
 
 
@@ -61,7 +63,8 @@ def plan_step(progress: float, longest: int, rng: random.Random) -> Plan:
         if rng.random() < 0.5:
             updates = rng.randint(2, 3)
             return Plan(updates, updates - 1, False, first, chunk, most_facts)
-        return Plan(1 + rng.choice((1, 1, 2, 3)), 0, False, first, chunk, most_facts)
+        later = int(2 ** rng.uniform(0, math.log2(MOST_LATER + 1)))
+        return Plan(1 + later, 0, False, first, chunk, most_facts)
     return Plan(1, 0, rng.random() >= 0.5 * whole, first, chunk, most_facts)
 
 

@@ -16,30 +16,31 @@ SYLLABLES = (2, 2, 2, 3)  # of an invented word
 REAL_SHARE = 0.15
 
 REAL = {
-    "person": """Adam Alice Amir Anna Anton Ben Bruno Carl Carmen Clara Daniel David Dora Edgar Elena Emma Eric Eva Felix
-        Fiona Frank Gina Grace Greta Hanna Hector Helen Henry Hugo Ida Igor Irene Isabel Ivan Jack James Jane
-        Jonas Julia Karen Karl Kate Laura Leo Lena Linda Lisa Lucas Lucy Maria Mark Martin Mary Max Mia Michael
-        Mina Nadia Nina Noah Nora Olga Oliver Omar Oscar Paul Peter Petra Rita Robert Rosa Sam Sara Simon Sofia
-        Stella Thomas Tim Tina Tom Vera Victor Viola Walter""",
-    "place": """Athens Bergen Berlin Bern Boston Cairo Dakar Delhi Denver Dublin Geneva Genoa Hanoi Havana Helsinki Kyoto
-        Lagos Lima Lisbon London Lyon Madrid Malta Milan Moscow Munich Nairobi Naples Oslo Oxford Paris Perth
-        Porto Prague Quito Riga Rome Seoul Sofia Sydney Tampa Texas Tokyo Tunis Turin Venice Vienna Warsaw Zagreb
-        Zurich""",
+    "person": """Adam Alice Amir Anna Anton Ben Bruno Carl Carmen Clara Daniel David Dora Edgar Elena Emma Eric Eva
+        Felix Fiona Frank Gina Grace Greta Hanna Hector Helen Henry Hugo Ida Igor Irene Isabel Ivan Jack
+        James Jane Jonas Julia Karen Karl Kate Laura Leo Lena Linda Lisa Lucas Lucy Maria Mark Martin Mary
+        Max Mia Michael Mina Nadia Nina Noah Nora Olga Oliver Omar Oscar Paul Peter Petra Rita Robert Rosa
+        Sam Sara Simon Sofia Stella Thomas Tim Tina Tom Vera Victor Viola Walter""",
+    "place": """Athens Bergen Berlin Bern Boston Cairo Dakar Delhi Denver Dublin Geneva Genoa Hanoi Havana
+        Helsinki Kyoto Lagos Lima Lisbon London Lyon Madrid Malta Milan Moscow Munich Nairobi Naples Oslo
+        Oxford Paris Perth Porto Prague Quito Riga Rome Seoul Sofia Sydney Tampa Texas Tokyo Tunis Turin
+        Venice Vienna Warsaw Zagreb Zurich""",
     "job": """actor artist baker barber butcher carpenter chemist clerk cook dancer dentist doctor driver farmer
-        fisherman gardener hunter judge lawyer mason miner nurse painter pilot plumber poet potter sailor singer
-        soldier tailor teacher waiter weaver writer""",
-    "thing": """almonds apples bananas beans beets bread butter cakes carrots cheese cherries chess coffee cookies dates
-        drums figs flutes garlic grapes guitars honey kites lemons lilies mangoes melons milk mushrooms nuts
-        olives onions oranges pancakes peaches pears pepper pianos plums potatoes pumpkins raisins rice roses
-        salad soup spinach tea tennis tomatoes tulips violins walnuts""",
-    "pet": """badger beetle camel canary cat crow dog donkey duck falcon ferret fox goat goose hamster hare hedgehog
-        hen horse lizard mouse otter owl parrot pig pigeon pony rabbit raven sheep snail snake spider toad turtle
-        wolf""",
-    "colour": """amber azure beige black blue bronze brown copper coral crimson cyan golden green grey indigo ivory khaki
-        lilac maroon olive orange pink purple red ruby rust scarlet silver teal turquoise violet white yellow""",
+        fisherman gardener hunter judge lawyer mason miner nurse painter pilot plumber poet potter sailor
+        singer soldier tailor teacher waiter weaver writer""",
+    "thing": """almonds apples bananas beans beets bread butter cakes carrots cheese cherries chess coffee cookies
+        dates drums figs flutes garlic grapes guitars honey kites lemons lilies mangoes melons milk
+        mushrooms nuts olives onions oranges pancakes peaches pears pepper pianos plums potatoes pumpkins
+        raisins rice roses salad soup spinach tea tennis tomatoes tulips violins walnuts""",
+    "pet": """badger beetle camel canary cat crow dog donkey duck falcon ferret fox goat goose hamster hare
+        hedgehog hen horse lizard mouse otter owl parrot pig pigeon pony rabbit raven sheep snail snake
+        spider toad turtle wolf""",
+    "colour": """amber azure beige black blue bronze brown copper coral crimson cyan golden green grey indigo ivory
+        khaki lilac maroon olive orange pink purple red ruby rust scarlet silver teal turquoise violet
+        white yellow""",
     "material": """bamboo brass brick bronze clay concrete copper cork cotton glass gold granite iron ivory jade lead
-        leather linen marble nickel paper pewter plastic rubber silk silver steel stone straw tin wax wood wool
-        zinc""",
+        leather linen marble nickel paper pewter plastic rubber silk silver steel stone straw tin wax wood
+        wool zinc""",
 }
 REAL = {kind: tuple(words.split()) for kind, words in REAL.items()}
 CAPITALISED = ("person", "place")
