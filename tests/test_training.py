@@ -96,7 +96,7 @@ def test_gradient_reaches_the_graded_update_and_no_older_memory(tmp_path, update
     shape = trainer.config.num_layers, QUICK.pools, trainer.config.memory_rows, trainer.config.hidden_size
     old = torch.randn(shape).requires_grad_()
     for which, reaches in ((graded, True), (-1, False)):  # -1: no update carries gradient
-        plan = Plan(updates, which, alone and reaches, first, 24, 3)
+        plan = Plan(updates, which, alone and reaches, first, 24, 3, trainer.config.memory_rows)
         episode = make_episode(plan, QUICK.pools, 2, 2, trainer.tokenizer, random.Random(0), False)
         for weight in trainer.weights.values():
             weight.grad = None
@@ -189,7 +189,7 @@ def grammar_words():
 def test_training_text_holds_no_held_out_word(tokenizer):
     seen, common = set(), grammar_words()
     for seed in range(60):
-        plan = plan_step(seed / 60, 64, rng := random.Random(seed))
+        plan = plan_step(seed / 60, 32, 512, rng := random.Random(seed))
         episode = make_episode(plan, 4, 2, 3, tokenizer, rng, held_out=False)
         for ids in [*episode.chunks.flatten(0, 1).tolist(), *episode.read.tolist()]:
             seen |= set(re.findall(r"[a-z]+", tokenizer.decode(ids).lower())) - common
@@ -215,7 +215,7 @@ def test_every_word_can_be_spelled(tokenizer):
 def test_a_story_says_what_is_asked(tokenizer):
     corrected = 0
     for seed in range(100):
-        plan = Plan(3, 2, False, False, 40, 4)
+        plan = Plan(3, 2, False, False, 40, 4, 64)
         story = Story(plan, tokenizer, random.Random(seed), held_out=False)
         assert [len(chunk) for chunk in story.chunks] == [40] * 3
         texts = [tokenizer.decode(chunk) for chunk in story.chunks]
@@ -228,14 +228,14 @@ def test_a_story_says_what_is_asked(tokenizer):
 
 
 def test_data_is_a_function_of_the_seed(tokenizer):
-    plan = Plan(2, 1, False, False, 32, 3)
+    plan = Plan(2, 1, False, False, 32, 3, 64)
     one, other, third = (make_episode(plan, 3, 2, 2, tokenizer, random.Random(seed), False) for seed in (5, 5, 6))
     assert torch.equal(one.chunks, other.chunks) and torch.equal(one.read, other.read)
     assert not torch.equal(one.chunks, third.chunks)
 
 
 def test_answers_are_marked(tokenizer):
-    episode = make_episode(Plan(1, 0, True, False, 32, 3), 4, 2, 3, tokenizer, random.Random(0), held_out=True)
+    episode = make_episode(Plan(1, 0, True, False, 32, 3, 64), 4, 2, 3, tokenizer, random.Random(0), held_out=True)
     end, colon = tokenizer.token_to_id("</s>"), tokenizer.token_to_id(":")
     for number in range(int(episode.answer.max()) + 1):
         row, columns = (episode.answer == number).nonzero().T
@@ -249,13 +249,27 @@ def test_answers_are_marked(tokenizer):
 
 def test_the_curriculum_ends_in_the_published_recipe():
     rng = random.Random(0)
-    begin = [plan_step(0.0, 32, rng) for _ in range(200)]
+    begin = [plan_step(0.0, 16, 256, rng) for _ in range(200)]
     assert all(plan.alone and plan.updates == 1 and plan.most_facts == 1 for plan in begin)
-    end = [plan_step(0.9, 32, rng) for _ in range(4000)]
-    one = [plan for plan in end if plan.updates == 1]
-    assert abs(len(one) / len(end) - 0.5) < 0.03 and abs(sum(plan.alone for plan in one) / len(one) - 0.5) < 0.04
-    several = [plan for plan in end if plan.updates > 1]
-    assert not any(plan.alone for plan in several)
-    assert abs(sum(plan.graded == 0 for plan in several) / len(several) - 0.5) < 0.04
-    assert max(plan.updates for plan in end) == 17
-    assert all(plan.graded in (0, plan.updates - 1) and 16 <= plan.chunk <= 32 for plan in end)
+    middle = [plan_step(0.3, 16, 256, rng) for _ in range(500)]  # half the way, of 16 blocks on a logarithmic scale
+    assert {plan.visible for plan in middle} == {4 * 16} and max(plan.updates for plan in middle) <= 4
+    end = [plan_step(0.9, 16, 256, rng) for _ in range(4000)]
+    one, several = [plan for plan in end if plan.updates == 1], [plan for plan in end if plan.updates > 1]
+    assert sum(plan.alone for plan in end) == pytest.approx(1000, rel=0.1)  # half of new knowledge, itself half of all
+    assert len(one) == pytest.approx(2000, rel=0.1) and not any(plan.alone for plan in several)
+    assert sum(plan.graded == 0 for plan in several) == pytest.approx(1000, rel=0.1)
+    assert all(plan.graded in (0, plan.updates - 1) and 16 <= plan.chunk <= 32 and plan.visible == 256 for plan in end)
+    assert max(plan.updates for plan in several) == 16
+
+
+@pytest.mark.parametrize("visible", [16, 48, 64])
+def test_rows_that_are_not_visible_are_not_read(tmp_path, visible):
+    trainer = Trainer(tmp_path, QUICK, SMALL)
+    shape = trainer.config.num_layers, QUICK.pools, trainer.config.memory_rows, trainer.config.hidden_size
+    plan = Plan(1, 0, False, False, 24, 3, visible)
+    episode = make_episode(plan, QUICK.pools, 2, 2, trainer.tokenizer, random.Random(0), False)
+    pool = torch.randn(shape)
+    other = pool.clone()
+    other[:, :, :16] = 1e4  # 16 rows drop and 16 are new: these are older than the 48 newest whatever drops
+    losses = [trainer.run(plan, episode, p, torch.Generator().manual_seed(0))[0].item() for p in (pool, other)]
+    assert (losses[0] == losses[1]) == (visible < 64)

@@ -20,15 +20,15 @@ PROMPT_WEIGHT = 0.1  # of the loss on a question's own tokens, beside 1 on its a
 TOLD_WEIGHT = 0.5  # on the tokens of a fact that is told again
 ASKED = 0.6  # of the facts that are read after the first; the others are told again
 CORRECTED = 0.1  # of the facts, by a later one
-ABOUT_GRADED = 0.75  # of the questions of an episode of several updates
-MOST_LATER = 16  # unrelated updates after the one that is asked about
+ABOUT_GRADED = 0.5  # of the questions of an episode of several updates
 FIRST_FILL = 0.04  # of the episodes begin with empty pools
 
 
 @dataclass(frozen=True)
 class Plan:
     """An episode's shape. updates: how many; graded: the one with gradient; alone: only its rows are read; first: the
-    pools are empty before; chunk: tokens of an update; most_facts: in an update."""
+    pools are empty before; chunk: tokens of an update; most_facts: in an update; visible: how many of the newest rows
+    are read, unless alone."""
 
     updates: int
     graded: int
@@ -36,6 +36,7 @@ class Plan:
     first: bool
     chunk: int
     most_facts: int
+    visible: int
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,20 @@ class Episode:
     weight: Tensor
 
 
-def plan_step(progress: float, longest: int, rng: random.Random) -> Plan:
-    """The curriculum at `progress` from 0 to 1: few facts read from the new rows alone, then more, then the whole pool
-    and the modes that need it."""
+def plan_step(progress: float, write_rows: int, memory_rows: int, rng: random.Random) -> Plan:
+    """The curriculum at `progress` from 0 to 1: few facts read from the new rows alone, then more facts, then ever more
+    of the newest rows and the tasks that need them, until the whole pool is read."""
     most_facts = 1 + int(min(progress / 0.3, 1) * 5)
-    chunk = rng.randint(max(16, longest // 2), longest)
-    whole = min(max(progress - 0.2, 0) / 0.3, 1)  # share of what the full recipe reads of whole pools
+    chunk = rng.randint(max(16, write_rows), 2 * write_rows)
+    whole = min(max(progress - 0.1, 0) / 0.4, 1)  # how far the tasks are those of the full recipe
+    blocks = (memory_rows / write_rows) ** whole
     first = rng.random() < FIRST_FILL
-    if rng.random() < 0.5 * whole:
-        if rng.random() < 0.5:
-            updates = rng.randint(2, 3)
-            return Plan(updates, updates - 1, False, first, chunk, most_facts)
-        later = int(2 ** rng.uniform(0, math.log2(MOST_LATER + 1)))
-        return Plan(1 + later, 0, False, first, chunk, most_facts)
-    return Plan(1, 0, rng.random() >= 0.5 * whole, first, chunk, most_facts)
+    if rng.random() < min(0.5, whole):
+        updates = 1 + int(2 ** rng.uniform(0, math.log2(blocks)))
+        visible = min(memory_rows, math.ceil(max(blocks, updates)) * write_rows)
+        return Plan(updates, rng.choice((0, updates - 1)), False, first, chunk, most_facts, visible)
+    alone = rng.random() >= 0.5 * whole
+    return Plan(1, 0, alone, first, chunk, most_facts, min(memory_rows, math.ceil(blocks) * write_rows))
 
 
 def make_episode(plan: Plan, pools: int, sequences: int, items: int, tokenizer, rng, held_out: bool) -> Episode:

@@ -89,7 +89,7 @@ class Trainer:
         settings = self.settings
         rng = random.Random(f"{settings.seed} {self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        plan = plan_step(self.step / settings.steps, 2 * self.config.write_rows, rng)
+        plan = plan_step(self.step / settings.steps, self.config.write_rows, self.config.memory_rows, rng)
         if self.pool is None and not plan.first:
             plan = Plan(**asdict(plan) | {"first": True})
         sizes = settings.pools, settings.sequences, settings.items
@@ -125,21 +125,21 @@ class Trainer:
             else:
                 kept = draw_kept(pool, delta.shape[2], generator, self.config.drop_per_layer)
                 pool = updated(pool, delta, kept)
-        logits = model.read(episode.read.to(self.device), alone if plan.alone else pool)
+        logits = model.read(episode.read.to(self.device), alone if plan.alone else pool[:, :, -plan.visible :])
         loss, recall = score(logits, episode)
         return loss, recall, pool.detach()
 
     # -- held-out recall ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, later: tuple[int, ...] = (0, 8), rounds: int = 1) -> dict[int, float]:
+    def evaluate(self, later: tuple[int, ...] = (0, 2, 8), rounds: int = 1) -> dict[int, float]:
         """Recall of held-out facts from whole pools, t updates after theirs, averaged over all pools."""
         longest, found = 2 * self.config.write_rows, dict.fromkeys(later, 0.0)
         for t in later:
             for i in range(rounds):
                 rng = random.Random(f"held out {t} {i}")
                 generator = torch.Generator().manual_seed(i)
-                plan = Plan(1 + t, 0, False, False, longest, 10)
+                plan = Plan(1 + t, 0, False, False, longest, 10, self.config.memory_rows)
                 told = make_episode(plan, self.settings.pools, 2, 1, self.tokenizer, rng, held_out=True)
                 found[t] += self.run(plan, told, self.pool, generator)[1] / rounds
         return found
