@@ -49,7 +49,7 @@ CLIP = 1.0
 class Settings:
     """What a run depends on; a checkpoint of other settings is not resumed."""
 
-    steps: int = 2400
+    steps: int = 12000
     pools: int = 32
     sequences: int = 2  # that read each pool in a step
     items: int = 3  # facts of a sequence
@@ -76,8 +76,8 @@ class Trainer:
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         weights = initial_weights(self.config, generator)
         self.weights = {name: w.to(self.device).requires_grad_() for name, w in weights.items()}
-        matrices = [w for w in self.weights.values() if min(w.shape) > 1 and w.ndim == 2]
-        others = [w for w in self.weights.values() if not (min(w.shape) > 1 and w.ndim == 2)]
+        matrices = [weight for weight in self.weights.values() if weight.ndim == 2]
+        others = [weight for weight in self.weights.values() if weight.ndim != 2]
         groups = [{"params": matrices, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
         self.step, self.pool = 0, None
@@ -133,7 +133,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, later: tuple[int, ...] = (0, 2, 8), rounds: int = 1) -> dict[int, float]:
-        """Recall of held-out facts from whole pools, t updates after theirs, averaged over all pools."""
+        """Recall of held-out facts from whole pools, t updates after theirs, over all pools; the run stays as it is."""
         longest, found = 2 * self.config.write_rows, dict.fromkeys(later, 0.0)
         for t in later:
             for i in range(rounds):
