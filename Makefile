@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 
 SANITIZED := build/sanitized
 
-.PHONY: demo test lint benchmark report sanitize clean
+.PHONY: demo train-tiny test lint benchmark report sanitize clean
 
 demo: $(VENV)/installed
 	$(BIN)/memkernel demo --dtype float32 README.md NOTES.md CONTRIBUTING.md
+
+train-tiny: $(VENV)/installed
+	$(BIN)/python -m memkernel.training build/tiny
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from memkernel import __version__
+from memkernel.evaluation import command as evaluation
 
 SAMPLING = {  # options that `ask` and `chat` pass on to SamplingParams, whose defaults hold for what is not given
     "max_tokens": (int, "longest answer, in tokens"),
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--" + name.replace("_", "-"), type=kind, metavar=kind.__name__.upper(), help=text)
     add(_info, "describe a checkpoint folder or a memory file from its headers", ("path", "the folder or the file"))
     add(_env, "describe this installation, for bug reports")
+    evaluation.add_parser(commands)
     return parser
 
 

@@ -27,6 +27,12 @@ def call(function: Callable[[], None]) -> None:
     function()
 
 
+def _check_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+    return seed
+
+
 @dataclass
 class Delta:
     """R new rows a layer, oldest first: what `Llama.inject` returns and `Memory.write` takes. One dtype and device."""
@@ -73,9 +79,8 @@ class Memory:
         layer in layer order, or one in all, as the published implementation draws)."""
         if draw not in DRAWS:
             raise ValueError(f"draw: expected one of {DRAWS}, got {draw!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
-        self.config, self.fingerprint, self.ops, self.seed, self.draw = config, fingerprint, ops, seed, draw
+        self.config, self.fingerprint, self.ops, self.draw = config, fingerprint, ops, draw
+        self.seed = _check_seed(seed)
         L, M, W, E = config.num_layers, config.memory_rows, config.write_rows, config.hidden_size
         like = {"dtype": dtype, "device": device}
         self.key = torch.zeros(L, M, config.num_kv_heads, config.head_size, **like)
@@ -230,6 +235,11 @@ class Memory:
             parts = self.__dict__.items()
             other.__dict__ = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in parts}
         return other
+
+    def reseed(self, seed: int) -> None:
+        """Go on drawing with another seed, so that copies of one memory drop different rows."""
+        self.seed = _check_seed(seed)
+        self.state[0] = seed
 
     def reset(self) -> None:
         """Forget everything: not initialized, step 0. Readers see a plain Llama until an update fills the pool."""

@@ -1,0 +1,1 @@
+"""What a model remembers, measured: `retention`, `edits` and `integrity`, each a module with a function of its name."""

@@ -1,0 +1,150 @@
+"""What evaluations tell and ask: generated facts of held-out words, and files in the layouts of public data sets."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from memkernel.training import facts
+from memkernel.training.facts import Fact
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answers of which each is right; `older` is what was true before it was corrected."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    older: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Texts that are told in turn, an update each, and the questions that they answer. `kind` groups results."""
+
+    texts: tuple[str, ...]
+    questions: tuple[Question, ...]
+    kind: str = "facts"
+
+
+# -- generated --------------------------------------------------------------------------------------------------------
+
+
+def fitting(drawn: list[Fact], longest: int, count: Callable[[str], int], rng: random.Random) -> tuple[str, list[Fact]]:
+    """Sentences for as many of the facts, from the first on, as `longest` tokens hold, and those facts."""
+    text, told = "", []
+    for fact in drawn:
+        longer = f"{text} {fact.statement(rng)}".strip()
+        if count(longer) > longest:
+            break
+        text, told = longer, [*told, fact]
+    return text, told
+
+
+def several_facts(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
+    """One update of different facts, as many as it holds."""
+    text, told = fitting(facts.draw_facts(rng, 64, True, same_subject=0), longest, count, rng)
+    if not told:
+        raise ValueError(f"longest: expected room for a fact, got {longest} tokens, which this tokenizer fills sooner")
+    return Case((text,), tuple(Question(fact.question(rng), (fact.value,)) for fact in told))
+
+
+def same_subject(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
+    """One update with two facts about one subject, which must not be mixed up."""
+    for _ in range(1000):
+        first = facts.draw_fact(rng, True)
+        text, told = fitting([first, facts.draw_fact(rng, True, first)], longest, count, rng)
+        if len(told) == 2:
+            questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in told)
+            return Case((text,), questions, "same subject")
+    raise ValueError(f"longest: expected room for two facts, got {longest} tokens, which this tokenizer fills sooner")
+
+
+def corrected(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
+    """A fact, an update about other things, and a correction of the fact: the newer value is right."""
+    old = facts.draw_fact(rng, True)
+    new = facts.corrected(old, rng, True)
+    others = facts.draw_facts(rng, 64, True)
+    texts = [old.statement(rng), fitting(others[:32], longest, count, rng)[0], new.correction(rng)]
+    # What is told with the fact and its correction fills their updates as usual.
+    for i, part in ((0, others[32:48]), (2, others[48:])):
+        rest, _ = fitting(part, longest - count(texts[i]), count, rng)
+        texts[i] = f"{rest} {texts[i]}".strip()
+    return Case(tuple(texts), (Question(new.question(rng), (new.value,), old.value),), "corrected")
+
+
+def generated(each: int, longest: int, count: Callable[[str], int], seed: int = 0) -> list[Case]:
+    """`each` cases of every kind, of words that training never used. `count` gives a text's tokens."""
+    rng = random.Random(f"cases {seed}")
+    return [make(longest, count, rng) for make in (several_facts, same_subject, corrected) for _ in range(each)]
+
+
+def unrelated(longest: int, count: Callable[[str], int], seed: int = 0, begin: int = 0) -> Iterator[str]:
+    """Texts about other people, places and things without end, from number `begin` on; each depends on its number."""
+    while True:
+        rng = random.Random(f"unrelated {seed} {begin}")
+        yield fitting(facts.draw_facts(rng, 16, True), longest, count, rng)[0]
+        begin += 1
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path):
+    """A JSON file, or the objects of its lines. Raises ValueError naming the file."""
+    try:
+        text = Path(path).read_text()
+        return [json.loads(line) for line in text.splitlines()] if str(path).endswith(".jsonl") else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a file of JSON: {error}") from None
+
+
+def named(path: str | Path, read: Callable, *args):
+    """`read(*args)`, its complaints about the layout turned into a ValueError naming the file."""
+    try:
+        if not (found := read(*args)):
+            raise ValueError("expected at least one case, found none")
+        return found
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        missing = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: not in the layout that was expected ({missing})") from None
+
+
+def squad(path: str | Path, limit: int | None = None) -> list[Case]:
+    """Answerable questions of a SQuAD 2.0 file, prompted as in the published evaluation."""
+    return named(path, lambda raw: list(islice(_squad(raw), limit)), read_json(path))
+
+
+def _squad(raw: dict) -> Iterator[Case]:
+    for entry in raw["data"]:
+        for paragraph in entry["paragraphs"]:
+            for qa in paragraph["qas"]:
+                answers = tuple(dict.fromkeys(answer["text"] for answer in qa["answers"]))
+                if answers and not qa.get("is_impossible", False):
+                    prompt = f"Questions: {qa['question']} Answer:"
+                    yield Case((f"Context: {paragraph['context']}",), (Question(prompt, answers[:1]),), "squad")
+
+
+def natural_questions(path: str | Path, limit: int | None = None) -> list[Case]:
+    """Questions with a short answer of a simplified NaturalQuestions file (.jsonl), prompted as published."""
+    return named(path, lambda raw: list(islice(_natural_questions(raw), limit)), read_json(path))
+
+
+def _natural_questions(raw: list[dict]) -> Iterator[Case]:
+    for line in raw:
+        annotation = line["annotations"][0]
+        if annotation["short_answers"]:
+            context = f"Context: {_span(line, annotation['long_answer'])}"
+            prompt = f"Questions: {line['question_text']}? Answer:"
+            answer = _span(line, annotation["short_answers"][0])
+            yield Case((context,), (Question(prompt, (answer,)),), "natural questions")
+
+
+def _span(line: dict, span: dict) -> str:
+    tokens = line["document_tokens"][span["start_token"] : span["end_token"]]
+    return " ".join(token["token"] for token in tokens if not token["html_token"])
+
+
+RETENTION_FILES = {"squad": squad, "nq": natural_questions}

@@ -1,0 +1,132 @@
+"""`memkernel eval`: the evaluations on the command line. torch is imported when one runs."""
+
+import argparse
+import json
+import random
+import sys
+from itertools import cycle
+from pathlib import Path
+
+FORMATS = ("generated", "squad", "nq")
+PUBLISHED_CHUNK = 512  # tokens that contexts are cut to, as published
+
+
+def add_parser(commands) -> None:
+    """Add `eval` and what it has below it to the subparsers of `memkernel`."""
+    about = "measure what a model remembers"
+    kinds = commands.add_parser("eval", help=about, description=about).add_subparsers(metavar="KIND", required=True)
+
+    def add(run, text: str) -> argparse.ArgumentParser:
+        command = kinds.add_parser(run.__name__.strip("_"), help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        command.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a hub id")
+        command.add_argument("--cases", type=int, default=32, help="how many (of each kind, where they are generated)")
+        command.add_argument("--seed", type=int, default=0, help="of generated cases and of what is dropped")
+        command.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
+        command.add_argument("--dtype", default="auto", help="auto (the default), float32, bfloat16, ...")
+        command.add_argument("--json", action="store_true", help="report as one JSON object on stdout")
+        command.add_argument("--plot", action="store_true", help="also draw KIND.png into the folder of --out")
+        return command
+
+    retention = add(_retention, "recall of facts right after they are told and after unrelated updates")
+    retention.add_argument("--format", choices=FORMATS, default="generated", help="of --file (default: no file)")
+    retention.add_argument("--file", help="questions and the contexts that answer them")
+    retention.add_argument("--unrelated", help="a file of the same format, whose contexts are the unrelated updates")
+    retention.add_argument("--later", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="updates until asked")
+    edits = add(_edits, "efficacy, generalisation and specificity of edits")
+    edits.add_argument("format", choices=("zsre", "counterfact"))
+    edits.add_argument("file", help="edits in the layout of that data set")
+    integrity = add(_integrity, "update without end, probing at every power of ten; goes on where it was interrupted")
+    integrity.add_argument("--updates", type=int, required=True)
+    for command in (retention, edits):
+        command.add_argument("--out", type=Path, help="folder to write KIND.json into")
+    integrity.add_argument("--out", type=Path, required=True, help="folder of the run: results and the memory")
+
+
+def _engine(args: argparse.Namespace):
+    from memkernel.engine import Engine
+
+    if args.cases < 1:
+        raise ValueError(f"--cases: expected at least 1, got {args.cases}")
+    if args.plot and args.out is None:
+        raise ValueError("--plot: expected --out, the folder to draw into, got none")
+    engine = Engine.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype, seed=args.seed)
+    if engine.tokenizer is None:
+        raise ValueError(f"CHECKPOINT: expected one with a tokenizer, {args.checkpoint} has none")
+    return engine
+
+
+def _counter(engine):
+    return lambda text: len(engine.tokenizer(text, add_special_tokens=False).input_ids) if text else 0
+
+
+def _finish(args: argparse.Namespace, kind: str, facts: dict) -> None:
+    from memkernel.cli import report
+
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{kind}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if args.plot:
+            from memkernel.evaluation import plots
+
+            getattr(plots, kind)(facts, args.out / f"{kind}.png")
+    report(facts, args.json)
+
+
+def _progress(total: int):
+    return lambda done: print(f"\r{done}/{total} cases", end="" if done < total else "\n", file=sys.stderr)
+
+
+def _retention(args: argparse.Namespace) -> None:
+    from memkernel.evaluation import cases, retention
+
+    if (args.format == "generated") != (args.file is None) or (args.file is None) != (args.unrelated is None):
+        raise ValueError("--file: expected --file and --unrelated with --format squad or nq, and only then")
+    if min(args.later) < 0:
+        raise ValueError(f"--later: expected numbers from 0 on, got {min(args.later)}")
+    if args.file is None:
+        engine = _engine(args)
+        count, longest = _counter(engine), 2 * engine.config.write_rows
+        told = cases.generated(args.cases, longest, count, args.seed)
+        unrelated, match = cases.unrelated(longest, count, args.seed), retention.exact
+    else:
+        read = cases.RETENTION_FILES[args.format]
+        told, others = read(args.file, args.cases), read(args.unrelated, 1000)
+        engine = _engine(args)
+        told = [cases.Case(tuple(_cut(engine, text) for text in c.texts), c.questions, c.kind) for c in told]
+        unrelated = cycle([_cut(engine, text) for case in others for text in case.texts])
+        match = retention.contains
+    facts = retention.retention(engine, told, unrelated, tuple(args.later), match, progress=_progress(len(told)))
+    _finish(args, "retention", facts)
+
+
+def _cut(engine, text: str) -> str:
+    ids = engine.tokenizer(text, add_special_tokens=False).input_ids
+    return text if len(ids) <= PUBLISHED_CHUNK else engine.tokenizer.decode(ids[:PUBLISHED_CHUNK])
+
+
+def _edits(args: argparse.Namespace) -> None:
+    from memkernel.evaluation import edits
+
+    if args.plot:
+        raise ValueError("--plot: edits have no plot")
+    made = edits.FILES[args.format](args.file, args.cases)
+    _finish(args, "edits", edits.edits(_engine(args), made, _progress(len(made))))
+
+
+def _integrity(args: argparse.Namespace) -> None:
+    from memkernel.evaluation import cases, integrity
+
+    engine = _engine(args)
+    count, longest, rng = _counter(engine), 2 * engine.config.write_rows, random.Random(f"integrity {args.seed}")
+    probed = [cases.several_facts(longest, count, rng) for _ in range(args.cases)]
+    held_out = [cases.several_facts(longest, count, rng).texts[0] for _ in range(args.cases)]
+
+    def text_at(begin: int):
+        return cases.unrelated(longest, count, args.seed, begin)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    facts = integrity.integrity(engine, args.updates, text_at, probed, held_out, args.out, say)
+    _finish(args, "integrity", facts)

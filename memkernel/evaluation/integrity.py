@@ -1,0 +1,81 @@
+"""Updates without end: does the memory still take in, keep finite, and leave the language alone after a million?"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from memkernel.evaluation.cases import Case
+from memkernel.evaluation.retention import exact
+from memkernel.training.train import replace
+
+SAVE_EVERY = 1000  # updates
+
+
+def integrity(
+    engine,
+    updates: int,
+    text_at: Callable[[int], Iterator[str]],
+    cases: list[Case],
+    held_out: list[str],
+    folder: str | Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict:
+    """Update `updates` times from an empty memory; probe after 1, 10, 100, ... and at the end.
+
+    Args:
+        text_at: the texts from a number on, each a function of its number, so that a run can go on where it ended.
+        cases: told, each to a copy of the memory, and asked at every probe.
+        held_out: texts whose perplexity is probed; not told.
+        folder: keeps `integrity.json` and `integrity.memory`; a run that finds them there goes on with them.
+    Returns the JSON object: `probes`, each with the updates before it, recall right after telling, perplexity, for
+        every layer the root mean square and the largest magnitude of keys and values, and whether all are finite.
+    """
+    if updates < 1:
+        raise ValueError(f"updates: expected at least 1, got {updates}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    report, saved = folder / "integrity.json", folder / "integrity.memory"
+    probes: list[dict] = []
+    if report.exists() and saved.exists():
+        engine.memory.load(saved)
+        probes = [p for p in json.loads(report.read_text())["probes"] if p["updates"] <= engine.memory.step]
+        say(f"going on after {engine.memory.step:,} updates")
+    else:
+        engine.memory.reset()
+    done, texts = engine.memory.step, text_at(engine.memory.step)
+    while done < updates:
+        engine.update(next(texts), chunk_tokens=None)
+        done += 1
+        if done == updates or math.log10(done).is_integer():
+            probes = [p for p in probes if p["updates"] != done] + [{"updates": done} | probe(engine, cases, held_out)]
+            say(" ".join(f"{name} {value:,.6g}" for name, value in probes[-1].items() if not isinstance(value, list)))
+        if done == updates or done % SAVE_EVERY == 0:
+            engine.memory.save(saved)
+            facts = json.dumps({"updates": done, "probes": probes}, indent=1)
+            replace(report, lambda path, facts=facts: path.write_text(facts + "\n"))
+    return {"updates": done, "probes": probes}
+
+
+def probe(engine, cases: list[Case], held_out: list[str]) -> dict:
+    """What is measured of one memory, which stays as it is."""
+    memory, hits, scores = engine.memory, [], []
+    pools = [memory.key.float().flatten(1), memory.value.float().flatten(1)]
+    facts: dict = {"finite": all(bool(pool.isfinite().all()) for pool in pools)}
+    try:
+        for case in cases:
+            engine.memory = memory.fork()
+            for text in case.texts:
+                engine.update(text, chunk_tokens=None)
+            prompts = [question.prompt for question in case.questions]
+            for completion, question in zip(engine.generate(prompts, max_tokens=10), case.questions, strict=True):
+                hits.append(exact(completion.text, question))
+    finally:
+        engine.memory = memory
+    for text in held_out:
+        ids = engine.tokenizer(text, add_special_tokens=False).input_ids
+        scores += engine.score(ids[:1], ids[1:])
+    facts |= {"recall": sum(hits) / len(hits), "perplexity": math.exp(-sum(scores) / len(scores))}
+    for name, pool in zip(("key", "value"), pools, strict=True):
+        facts |= {f"{name}_rms": pool.square().mean(1).sqrt().tolist(), f"{name}_largest": pool.abs().amax(1).tolist()}
+    return facts

@@ -1,0 +1,148 @@
+"""What one training step reads and writes: after MemoryLLM, section 3.2, every step is an episode of updates, of which
+one carries gradient, and of questions asked at its end.
+
+    (a) new knowledge: one update with gradient; half the time its rows alone are read, half the time the whole pool
+    (b) continuous contexts: several updates, the last one with gradient; questions about all of them
+    (c) against forgetting: an update with gradient, then unrelated ones; questions about the first
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memkernel.training import facts
+from memkernel.training.facts import Fact
+
+PROMPT_WEIGHT = 0.1  # of the loss on a question's own tokens, beside 1 on its answer's
+TOLD_WEIGHT = 0.5  # on the tokens of a fact that is told again
+ASKED = 0.6  # of the facts that are read after the first; the others are told again
+CORRECTED = 0.1  # of the facts, by a later one
+ABOUT_GRADED = 0.5  # of the questions of an episode of several updates
+FIRST_FILL = 0.04  # of the episodes begin with empty pools
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An episode's shape. updates: how many; graded: the one with gradient; alone: only its rows are read; first: the
+    pools are empty before; chunk: tokens of an update; most_facts: in an update; visible: how many of the newest rows
+    are read, unless alone."""
+
+    updates: int
+    graded: int
+    alone: bool
+    first: bool
+    chunk: int
+    most_facts: int
+    visible: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """Tokens of an episode of P pools.
+
+    chunks: [updates, P, T] int64. read: [P * sequences, T'] int64, padded on the right. answer: like read, the number
+    of the answer that a token belongs to, -1 outside answers. weight: like read, float32, of a token in the loss.
+    """
+
+    chunks: Tensor
+    read: Tensor
+    answer: Tensor
+    weight: Tensor
+
+
+def plan_step(progress: float, write_rows: int, memory_rows: int, rng: random.Random) -> Plan:
+    """The curriculum at `progress` from 0 to 1: few facts read from the new rows alone, then more facts, then ever more
+    of the newest rows and the tasks that need them, until the whole pool is read."""
+    most_facts = 1 + int(min(progress / 0.3, 1) * 5)
+    chunk = rng.randint(max(16, write_rows), 2 * write_rows)
+    whole = min(max(progress - 0.1, 0) / 0.4, 1)  # how far the tasks are those of the full recipe
+    blocks = (memory_rows / write_rows) ** whole
+    first = rng.random() < FIRST_FILL
+    if rng.random() < min(0.5, whole):
+        updates = 1 + int(2 ** rng.uniform(0, math.log2(blocks)))
+        visible = min(memory_rows, math.ceil(max(blocks, updates)) * write_rows)
+        return Plan(updates, rng.choice((0, updates - 1)), False, first, chunk, most_facts, visible)
+    alone = rng.random() >= 0.5 * whole
+    return Plan(1, 0, alone, first, chunk, most_facts, min(memory_rows, math.ceil(blocks) * write_rows))
+
+
+def make_episode(plan: Plan, pools: int, sequences: int, items: int, tokenizer, rng, held_out: bool) -> Episode:
+    """Text for `pools` pools and `sequences` sequences that read each, of `items` facts asked or told again; the first
+    is always asked. `tokenizer` is a `tokenizers.Tokenizer`."""
+    chunks, rows, answers = [], [], 0
+    for _ in range(pools):
+        story = Story(plan, tokenizer, rng, held_out)
+        chunks.append(story.chunks)
+        for _ in range(sequences):
+            row: list[tuple[int, int, float]] = []  # token, answer, weight
+            for i, fact in enumerate(story.choose(items)):
+                if i == 0 or rng.random() < ASKED:
+                    row += story.asked(fact, answers)
+                    answers += 1
+                else:
+                    row += story.told_again(fact)
+            rows.append(row)
+    filler = (tokenizer.token_to_id("<pad>"), -1, 0.0)
+    longest = max(map(len, rows))
+    padded = [row + [filler] * (longest - len(row)) for row in rows]
+    read, answer, weight = (torch.tensor([[part[i] for part in row] for row in padded]) for i in range(3))
+    return Episode(torch.tensor(chunks).transpose(0, 1), read, answer, weight)
+
+
+class Story:
+    """The updates of one pool, and what is true at their end."""
+
+    def __init__(self, plan: Plan, tokenizer, rng: random.Random, held_out: bool):
+        self.plan, self.tokenizer, self.rng, self.held_out = plan, tokenizer, rng, held_out
+        self.truth: dict[tuple[str, str], tuple[int, Fact]] = {}  # by key: the update that said so last, and the fact
+        self.chunks = [self._chunk(update) for update in range(plan.updates)]
+
+    def choose(self, count: int) -> list[Fact]:
+        """Different facts to read, mostly of the update with gradient; fewer than `count` if fewer were told."""
+        pairs = list(self.truth.values())
+        self.rng.shuffle(pairs)
+        if self.plan.alone:
+            pairs = [pair for pair in pairs if pair[0] == self.plan.graded] or pairs
+        # A stable sort: each pair of the graded update is moved to the front or left among the others.
+        pairs.sort(key=lambda pair: pair[0] != self.plan.graded or self.rng.random() > ABOUT_GRADED)
+        return [fact for _, fact in pairs[:count]]
+
+    def asked(self, fact: Fact, number: int) -> list[tuple[int, int, float]]:
+        """Tokens of a question and its answer, as (token, answer, weight)."""
+        question, answer = (self.tokenizer.encode(text).ids for text in (fact.question(self.rng), fact.value))
+        answer.append(self.tokenizer.token_to_id("</s>"))
+        return [(token, -1, PROMPT_WEIGHT) for token in question] + [(token, number, 1.0) for token in answer]
+
+    def told_again(self, fact: Fact) -> list[tuple[int, int, float]]:
+        """Tokens of a statement that a text goes on with, in any words."""
+        return [(token, -1, TOLD_WEIGHT) for token in self.tokenizer.encode(fact.statement(self.rng)).ids]
+
+    def _chunk(self, update: int) -> list[int]:
+        """Exactly plan.chunk tokens: as many facts as there is room for, before them the end of a side text."""
+        room, sentences = self.plan.chunk, []
+        for _ in range(self.rng.randint(1, self.plan.most_facts)):
+            fact, sentence = self._sentence()
+            ids = self.tokenizer.encode(sentence).ids
+            if len(ids) > room:
+                break
+            room -= len(ids)
+            sentences.append(ids)
+            self.truth[fact.key] = (update, fact)
+        side: list[int] = []
+        while len(side) < room:
+            side = self.tokenizer.encode(facts.side_text(self.rng)).ids + side
+        return side[len(side) - room :] + [token for sentence in sentences for token in sentence]
+
+    def _sentence(self) -> tuple[Fact, str]:
+        told = [fact for _, fact in self.truth.values()]
+        if told and self.rng.random() < CORRECTED:
+            fact = facts.corrected(self.rng.choice(told), self.rng, self.held_out)
+            return fact, fact.correction(self.rng) if self.rng.random() < 0.7 else fact.statement(self.rng)
+        about = self.rng.choice(told) if told and self.rng.random() < 0.25 else None
+        fact = facts.draw_fact(self.rng, self.held_out, about)
+        while fact.key in self.truth:
+            fact = facts.draw_fact(self.rng, self.held_out)
+        return fact, fact.statement(self.rng)

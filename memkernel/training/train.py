@@ -1,0 +1,223 @@
+"""The training loop: a pure function of its settings and seed, whenever it is interrupted and resumed.
+
+Every step is one episode (`episodes`) over P pools, which live on from step to step as hidden states without gradient.
+The data and the draws of a step depend on the seed and the step alone, so that a checkpoint needs no random state.
+"""
+
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memkernel.config import ModelConfig
+from memkernel.training import vocabulary
+from memkernel.training.differentiable import DifferentiableLlama, draw_kept, filled, initial_weights, updated
+from memkernel.training.episodes import Episode, Plan, make_episode, plan_step
+
+GEOMETRY = {
+    "model_type": "llama",  # as the published 8B checkpoints say
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "num_blocks": 16,
+    "num_tokens": 16,
+    "add_bos_embedding": True,
+    "drop_memory_per_layer": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WARMUP = 100  # steps
+LAST_RATE = 0.05  # of the peak learning rate, at the end of the cosine
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; a checkpoint of other settings is not resumed."""
+
+    steps: int = 12000
+    pools: int = 32
+    sequences: int = 2  # that read each pool in a step
+    items: int = 3  # facts of a sequence
+    rate: float = 3e-3
+    decay: float = 0.05
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+class Trainer:
+    """A run in `folder`: settings, weights, optimizer and pools; `step` counts the steps that are done."""
+
+    def __init__(self, folder: Path, settings: Settings, geometry: dict = GEOMETRY):
+        from tokenizers import Tokenizer
+
+        self.folder, self.settings = folder, settings
+        folder.mkdir(parents=True, exist_ok=True)
+        vocabulary.write_tokenizer(folder)
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.raw = geometry | {"vocab_size": self.tokenizer.get_vocab_size()}
+        self.config = ModelConfig.from_dict(self.raw)
+        generator = torch.Generator().manual_seed(settings.seed)
+        self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
+        weights = initial_weights(self.config, generator)
+        self.weights = {name: w.to(self.device).requires_grad_() for name, w in weights.items()}
+        matrices = [weight for weight in self.weights.values() if weight.ndim == 2]
+        others = [weight for weight in self.weights.values() if weight.ndim != 2]
+        groups = [{"params": matrices, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
+        self.step, self.pool = 0, None
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> dict[str, float]:
+        """One step of AdamW; returns its loss and its recall (see `score`)."""
+        settings = self.settings
+        rng = random.Random(f"{settings.seed} {self.step}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(62))
+        plan = plan_step(self.step / settings.steps, self.config.write_rows, self.config.memory_rows, rng)
+        if self.pool is None and not plan.first:
+            plan = Plan(**asdict(plan) | {"first": True})
+        sizes = settings.pools, settings.sequences, settings.items
+        episode = make_episode(plan, *sizes, self.tokenizer, rng, held_out=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate * self._schedule()
+        loss, recall, self.pool = self.run(plan, episode, self.pool, generator)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP)
+        self.optimizer.step()
+        self.step += 1
+        return {"loss": loss.item(), "recall": recall}
+
+    def _schedule(self) -> float:
+        warm = min(1.0, (self.step + 1) / WARMUP)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.step / self.settings.steps)
+        return warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
+
+    def run(
+        self, plan: Plan, episode: Episode, pool: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, float, Tensor]:
+        """The episode's updates and questions; returns loss, recall, and the pool [L, P, M, E] after it, detached."""
+        model = DifferentiableLlama(self.config, {name: w.to(self.dtype) for name, w in self.weights.items()})
+        pool = None if plan.first else pool.detach()
+        alone = None
+        for i, chunk in enumerate(episode.chunks.to(self.device)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i == plan.graded):
+                delta = model.inject(chunk, None if pool is None else pool[:, :, -self.config.write_rows :].detach())
+            alone = delta if i == plan.graded else alone
+            if pool is None:
+                pool = filled(delta, self.config.memory_rows)
+            else:
+                kept = draw_kept(pool, delta.shape[2], generator, self.config.drop_per_layer)
+                pool = updated(pool, delta, kept)
+        logits = model.read(episode.read.to(self.device), alone if plan.alone else pool[:, :, -plan.visible :])
+        loss, recall = score(logits, episode)
+        return loss, recall, pool.detach()
+
+    # -- held-out recall ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, later: tuple[int, ...] = (0, 2, 8), rounds: int = 1) -> dict[int, float]:
+        """Recall of held-out facts from whole pools, t updates after theirs, over all pools; the run stays as it is."""
+        longest, found = 2 * self.config.write_rows, dict.fromkeys(later, 0.0)
+        for t in later:
+            for i in range(rounds):
+                rng = random.Random(f"held out {t} {i}")
+                generator = torch.Generator().manual_seed(i)
+                plan = Plan(1 + t, 0, False, False, longest, 10, self.config.memory_rows)
+                told = make_episode(plan, self.settings.pools, 2, 1, self.tokenizer, rng, held_out=True)
+                found[t] += self.run(plan, told, self.pool, generator)[1] / rounds
+        return found
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the state of the run, whole or not at all."""
+        state = {"settings": asdict(self.settings), "config": self.raw, "step": self.step, "pool": self.pool}
+        state |= {"weights": self.weights, "optimizer": self.optimizer.state_dict()}
+        replace(self.folder / "training.pt", lambda path: torch.save(state, path))
+
+    def resume(self) -> bool:
+        """Continue the run that `folder` holds; False if it holds none. Raises ValueError for one of other settings."""
+        path = self.folder / "training.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        for name, mine in (("settings", asdict(self.settings)), ("config", self.raw)):
+            if state[name] != mine:
+                raise ValueError(f"{path}: {name}: expected {mine}, got {state[name]}")
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.pool = state["step"], state["pool"]
+        return True
+
+    def export(self) -> None:
+        """Write the checkpoint, with the first of the pools as its memory."""
+        write_checkpoint(self.folder, self.raw, self.weights, None if self.pool is None else self.pool[:, 0])
+
+
+def write_checkpoint(folder: Path, raw: dict, weights: dict[str, Tensor], memory: Tensor | None) -> None:
+    """Write config.json and model.safetensors (float32) in the published layout; memory [L, M, E] or None, empty."""
+    config = ModelConfig.from_dict(raw)
+    tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()}
+    nothing = torch.zeros(config.num_layers, config.memory_rows, config.hidden_size)
+    tensors["memory"] = nothing if memory is None else memory.float().cpu().contiguous()
+    tensors["initialized"] = torch.tensor(int(memory is not None), dtype=torch.uint8)
+    (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
+    replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+
+
+def score(logits: Tensor, episode: Episode) -> tuple[Tensor, float]:
+    """Weighted next-token cross-entropy, and the share of answers whose tokens are all the likeliest: those that greedy
+    decoding gives."""
+    target, answer, weight = (t.to(logits.device)[:, 1:] for t in (episode.read, episode.answer, episode.weight))
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none")
+    loss = (each * weight.flatten()).sum() / weight.sum()
+    wrong = (logits[:, :-1].argmax(-1) != target)[answer >= 0]
+    counts = torch.zeros(int(answer.max()) + 1, device=logits.device)
+    counts.index_add_(0, answer[answer >= 0], wrong.float())
+    return loss, (counts == 0).float().mean().item()
+
+
+def replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under another name, then rename it: whatever interrupts this, `path` is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def train(trainer: Trainer, say: Callable[[str], None], every: int = 200, save_every: int = 200) -> None:
+    """Run to the end, saving the state on the way and the checkpoint at the end."""
+    began, first, sums = time.perf_counter(), trainer.step, {"loss": 0.0, "recall": 0.0}
+    while trainer.step < trainer.settings.steps:
+        for name, value in trainer.train_step().items():
+            sums[name] += value
+        if trainer.step % every == 0:
+            rate = (time.perf_counter() - began) / (trainer.step - first)
+            held_out = " ".join(f"{t}:{share:.2f}" for t, share in trainer.evaluate().items())
+            means = " ".join(f"{name} {value / every:.3f}" for name, value in sums.items())
+            say(f"step {trainer.step}/{trainer.settings.steps}  {means}  held-out {held_out}  {rate:.2f} s/step")
+            sums = dict.fromkeys(sums, 0.0)
+        if trainer.step % save_every == 0:
+            trainer.save()
+    trainer.save()
+    trainer.export()

@@ -1,0 +1,275 @@
+"""Training: the forward is the engine's, gradient goes where it should, an interrupted run goes on as if it had not."""
+
+import dataclasses
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+
+import pytest
+import torch
+from compare import relative_error
+from tokenizers import Tokenizer
+
+from memkernel import Engine, ModelConfig
+from memkernel.training import facts, train, vocabulary, words
+from memkernel.training.differentiable import DifferentiableLlama, filled, initial_weights, updated
+from memkernel.training.episodes import Plan, Story, make_episode, plan_step
+from memkernel.training.train import Settings, Trainer, write_checkpoint
+
+SMALL = train.GEOMETRY | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_blocks": 4}
+QUICK = Settings(steps=6, pools=3, sequences=2, items=2)
+AGREE = 2e-5  # relative Frobenius error, as against the published numbers
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vocabulary")
+    vocabulary.write_tokenizer(folder)
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+# -- the forward ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied,bos,first", [(True, True, 40), (False, False, 21), (True, True, 7)])
+def test_the_forward_is_the_engines(tmp_path, tied, bos, first):
+    raw = SMALL | {"vocab_size": 50, "tie_word_embeddings": tied, "add_bos_embedding": bos}
+    config = ModelConfig.from_dict(raw)
+    weights = initial_weights(config, torch.Generator().manual_seed(1))
+    for name in ("bos_embedding", "new_memory_positional_emb"):  # as large as they may become
+        if name in weights:
+            weights[name] *= 10
+    write_checkpoint(tmp_path, raw, weights, None)
+    engine = Engine.from_pretrained(tmp_path, device="cpu", dtype="float32", keep_hidden=True)
+    model, pool = DifferentiableLlama(config, weights), None
+    L, M, W = config.num_layers, config.memory_rows, config.write_rows
+    prompts = torch.randint(50, (3, 9))
+    assert relative_error(model.read(prompts, None), engine.logits(prompts)) < AGREE
+    for length in (first, 2 * W, W + 3, 5):  # short ones emit old rows again
+        ids = torch.randint(50, (length,))
+        if pool is None:
+            with pytest.warns(UserWarning, match="7 tokens") if length < W else nullcontext():
+                engine.update(ids, chunk_tokens=None)
+            pool = filled(model.inject(ids[None], None), M)
+        else:
+            dropped = torch.stack([torch.randperm(M)[:W] for _ in range(L)])
+            kept = torch.stack([torch.tensor(sorted(set(range(M)) - set(row))) for row in dropped.tolist()])
+            with pytest.warns(UserWarning, match="5 tokens") if length < W else nullcontext():
+                engine.update(ids, dropped=dropped, chunk_tokens=None)
+            pool = updated(pool, model.inject(ids[None], pool[:, :, -W:]), kept[:, None])
+        assert relative_error(pool[:, 0], engine.memory.hidden()) < AGREE
+        assert relative_error(model.read(prompts, pool), engine.logits(prompts)) < AGREE
+
+
+def test_pools_do_not_see_each_other():
+    config = ModelConfig.from_dict(SMALL | {"vocab_size": 50})
+    model = DifferentiableLlama(config, initial_weights(config, torch.Generator().manual_seed(1)))
+    ids, prompts = torch.randint(50, (2, 20)), torch.randint(50, (4, 6))
+    pool = torch.randn(config.num_layers, 2, config.memory_rows, config.hidden_size)
+    both = model.inject(ids, pool[:, :, -config.write_rows :])
+    alone = model.inject(ids[1:], pool[:, 1:, -config.write_rows :])
+    assert relative_error(both[:, 1:], alone) < AGREE
+    assert relative_error(model.read(prompts, pool)[2:], model.read(prompts[2:], pool[:, 1:])) < AGREE
+
+
+def test_a_model_with_adapters_is_refused():
+    config = ModelConfig.from_dict(SMALL | {"vocab_size": 50})
+    with_lora = dataclasses.replace(config, lora=object())
+    with pytest.raises(ValueError, match="config: expected a model without adapters"):
+        DifferentiableLlama(with_lora, {})
+
+
+# -- gradient ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "updates,graded,alone,first",
+    [(1, 0, True, False), (1, 0, False, False), (3, 2, False, False), (3, 0, False, False), (2, 1, False, True)],
+)
+def test_gradient_reaches_the_graded_update_and_no_older_memory(tmp_path, updates, graded, alone, first):
+    trainer = Trainer(tmp_path, QUICK, SMALL)
+    shape = trainer.config.num_layers, QUICK.pools, trainer.config.memory_rows, trainer.config.hidden_size
+    old = torch.randn(shape).requires_grad_()
+    for which, reaches in ((graded, True), (-1, False)):  # -1: no update carries gradient
+        plan = Plan(updates, which, alone and reaches, first, 24, 3, trainer.config.memory_rows)
+        episode = make_episode(plan, QUICK.pools, 2, 2, trainer.tokenizer, random.Random(0), False)
+        for weight in trainer.weights.values():
+            weight.grad = None
+        loss, _, pool = trainer.run(plan, episode, old, torch.Generator().manual_seed(0))
+        loss.backward()
+        assert old.grad is None and not pool.requires_grad
+        written = trainer.weights["new_memory_positional_emb"].grad  # only updates have it
+        assert (written is not None and bool(written.abs().sum() > 0)) == reaches
+        assert trainer.weights["bos_embedding"].grad.abs().sum() > 0
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def weights_of(trainer):
+    return {name: weight.detach().clone() for name, weight in trainer.weights.items()}
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
+    whole = Trainer(tmp_path / "whole", QUICK, SMALL)
+    train.train(whole, lambda line: None)
+    before = Trainer(tmp_path / "parts", QUICK, SMALL)
+    assert not before.resume()
+    for _ in range(4):
+        before.train_step()
+    before.save()
+    before.train_step()  # lost
+
+    def half(state, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", half)
+        before.save()
+    after = Trainer(tmp_path / "parts", QUICK, SMALL)
+    assert after.resume() and after.step == 4
+    lines = []
+    train.train(after, lines.append)
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, after.weights[name]), name
+    assert torch.equal(whole.pool, after.pool)
+    engine = Engine.from_pretrained(tmp_path / "parts", device="cpu", dtype="float32")
+    assert engine.memory.initialized and engine.generate("Where does Anna live? Answer:", max_tokens=3).token_ids
+
+
+def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path):
+    options = {"steps": 500, "pools": 2, "sequences": 1, "items": 1}
+    command = [sys.executable, "-m", "memkernel.training", str(tmp_path), "--threads", "1", "--save-every", "2"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "training.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    torch.set_num_threads(1)
+    killed = Trainer(tmp_path, Settings(**options))
+    assert killed.resume() and killed.step % 2 == 0
+    again = Trainer(tmp_path / "again", Settings(**options))
+    while again.step < killed.step:
+        again.train_step()
+    killed.train_step(), again.train_step()
+    assert all(torch.equal(weight, again.weights[name]) for name, weight in killed.weights.items())
+
+
+def test_another_runs_state_is_refused(tmp_path):
+    Trainer(tmp_path, QUICK, SMALL).save()
+    with pytest.raises(ValueError, match="training.pt: settings: expected"):
+        Trainer(tmp_path, dataclasses.replace(QUICK, rate=1.0), SMALL).resume()
+    with pytest.raises(ValueError, match="training.pt: config: expected"):
+        Trainer(tmp_path, QUICK, SMALL | {"num_blocks": 8}).resume()
+
+
+def test_training_learns(tmp_path):
+    settings = dataclasses.replace(QUICK, steps=60, pools=8, rate=5e-3)
+    trainer = Trainer(tmp_path, settings, SMALL)
+    losses = [trainer.train_step()["loss"] for _ in range(60)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert set(trainer.evaluate(later=(0, 2))) == {0, 2}
+
+
+# -- the data ---------------------------------------------------------------------------------------------------------
+
+
+def grammar_words():
+    return {piece.lower() for piece in vocabulary.pieces() if piece.isalpha()}
+
+
+def test_training_text_holds_no_held_out_word(tokenizer):
+    seen, common = set(), grammar_words()
+    for seed in range(60):
+        plan = plan_step(seed / 60, 32, 512, rng := random.Random(seed))
+        episode = make_episode(plan, 4, 2, 3, tokenizer, rng, held_out=False)
+        for ids in [*episode.chunks.flatten(0, 1).tolist(), *episode.read.tolist()]:
+            seen |= set(re.findall(r"[a-z]+", tokenizer.decode(ids).lower())) - common
+    assert len(seen) > 1000
+    assert [word for word in seen if words.is_held_out(word)] == []
+
+
+def test_evaluations_use_held_out_words_alone():
+    drawn = facts.draw_facts(random.Random(0), 500, held_out=True)
+    assert all(words.is_held_out(word) for fact in drawn for word in (fact.subject, fact.value))
+    relations = Counter(fact.relation for fact in drawn)
+    assert set(relations) == set(facts.RELATIONS)
+
+
+def test_every_word_can_be_spelled(tokenizer):
+    for word in ["Jennifer", "Zbigniew", "strawberries", "Chicago", "Xu", "Timbuktu", "Renee"]:
+        assert tokenizer.decode(tokenizer.encode(f"{word} likes {word}.").ids) == f"{word} likes {word}."
+    assert tokenizer.encode("Ren\u00e9e").ids == tokenizer.encode("Renee").ids
+    statements = [s for r in facts.RELATIONS.values() for s in r.statements + r.questions]
+    assert all("<unk>" not in tokenizer.encode(text).tokens for text in statements)
+
+
+def test_a_story_says_what_is_asked(tokenizer):
+    corrected = 0
+    for seed in range(100):
+        plan = Plan(3, 2, False, False, 40, 4, 64)
+        story = Story(plan, tokenizer, random.Random(seed), held_out=False)
+        assert [len(chunk) for chunk in story.chunks] == [40] * 3
+        texts = [tokenizer.decode(chunk) for chunk in story.chunks]
+        for update, fact in story.truth.values():
+            said = [s.format(s=fact.subject, v=fact.value) for s in facts.RELATIONS[fact.relation].statements]
+            assert any(s[1:] in texts[update] for s in said)  # a correction puts a word before it
+        corrected += any(facts.CORRECTIONS[0][:3] in text for text in texts)
+        assert len(story.choose(4)) == len(set(story.choose(4)))
+    assert corrected > 10
+
+
+def test_data_is_a_function_of_the_seed(tokenizer):
+    plan = Plan(2, 1, False, False, 32, 3, 64)
+    one, other, third = (make_episode(plan, 3, 2, 2, tokenizer, random.Random(seed), False) for seed in (5, 5, 6))
+    assert torch.equal(one.chunks, other.chunks) and torch.equal(one.read, other.read)
+    assert not torch.equal(one.chunks, third.chunks)
+
+
+def test_answers_are_marked(tokenizer):
+    episode = make_episode(Plan(1, 0, True, False, 32, 3, 64), 4, 2, 3, tokenizer, random.Random(0), held_out=True)
+    end, colon = tokenizer.token_to_id("</s>"), tokenizer.token_to_id(":")
+    for number in range(int(episode.answer.max()) + 1):
+        row, columns = (episode.answer == number).nonzero().T
+        assert row.unique().numel() == 1 and (columns.diff() == 1).all()
+        ids = episode.read[row[0]]
+        assert ids[columns[-1]] == end and ids[columns[0] - 1] == colon
+        assert words.is_held_out(tokenizer.decode(ids[columns[:-1]].tolist()))
+    assert (episode.weight[episode.answer >= 0] == 1).all()
+    assert (episode.weight[episode.read == tokenizer.token_to_id("<pad>")] == 0).all()
+
+
+def test_the_curriculum_ends_in_the_published_recipe():
+    rng = random.Random(0)
+    begin = [plan_step(0.0, 16, 256, rng) for _ in range(200)]
+    assert all(plan.alone and plan.updates == 1 and plan.most_facts == 1 for plan in begin)
+    middle = [plan_step(0.3, 16, 256, rng) for _ in range(500)]  # half the way, of 16 blocks on a logarithmic scale
+    assert {plan.visible for plan in middle} == {4 * 16} and max(plan.updates for plan in middle) <= 4
+    end = [plan_step(0.9, 16, 256, rng) for _ in range(4000)]
+    one, several = [plan for plan in end if plan.updates == 1], [plan for plan in end if plan.updates > 1]
+    assert sum(plan.alone for plan in end) == pytest.approx(1000, rel=0.1)  # half of new knowledge, itself half of all
+    assert len(one) == pytest.approx(2000, rel=0.1) and not any(plan.alone for plan in several)
+    assert sum(plan.graded == 0 for plan in several) == pytest.approx(1000, rel=0.1)
+    assert all(plan.graded in (0, plan.updates - 1) and 16 <= plan.chunk <= 32 and plan.visible == 256 for plan in end)
+    assert max(plan.updates for plan in several) == 16
+
+
+@pytest.mark.parametrize("visible", [16, 48, 64])
+def test_rows_that_are_not_visible_are_not_read(tmp_path, visible):
+    trainer = Trainer(tmp_path, QUICK, SMALL)
+    shape = trainer.config.num_layers, QUICK.pools, trainer.config.memory_rows, trainer.config.hidden_size
+    plan = Plan(1, 0, False, False, 24, 3, visible)
+    episode = make_episode(plan, QUICK.pools, 2, 2, trainer.tokenizer, random.Random(0), False)
+    pool = torch.randn(shape)
+    other = pool.clone()
+    other[:, :, :16] = 1e4  # 16 rows drop and 16 are new: these are older than the 48 newest whatever drops
+    losses = [trainer.run(plan, episode, p, torch.Generator().manual_seed(0))[0].item() for p in (pool, other)]
+    assert (losses[0] == losses[1]) == (visible < 64)
