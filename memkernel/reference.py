@@ -54,7 +54,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).contiguous()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + D/2) of x [..., D] by cos, sin [..., D/2]: Llama's layout of RoPE."""
     first, second = _wide(x).chunk(2, dim=-1)
     cos, sin = cos.to(first.dtype), sin.to(first.dtype)
@@ -90,9 +90,9 @@ def rope_write_(
     row_BT = start.long()[:, None] + torch.arange(T, device=key.device)
     cos_BT1D, sin_BT1D = cos[row_BT + offset].unsqueeze(2), sin[row_BT + offset].unsqueeze(2)
     sequence_B1 = torch.arange(B, device=key.device)[:, None]
-    cache_key[sequence_B1, row_BT] = rotate(key, cos_BT1D, sin_BT1D)
+    cache_key[sequence_B1, row_BT] = _rotate(key, cos_BT1D, sin_BT1D)
     cache_value[sequence_B1, row_BT] = value
-    return rotate(query, cos_BT1D[:, T - Tq :], sin_BT1D[:, T - Tq :])
+    return _rotate(query, cos_BT1D[:, T - Tq :], sin_BT1D[:, T - Tq :])
 
 
 def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin: Tensor, offset: int) -> None:
@@ -107,7 +107,7 @@ def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin:
     """
     _check.rotate_memory_(rotated, key, rank, cos, sin, offset)
     position = rank.long() + offset
-    rotated.copy_(rotate(key, cos[position].unsqueeze(-2), sin[position].unsqueeze(-2)))
+    rotated.copy_(_rotate(key, cos[position].unsqueeze(-2), sin[position].unsqueeze(-2)))
 
 
 def _unseen(start: Tensor, length: int, rows: int) -> Tensor:

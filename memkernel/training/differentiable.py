@@ -129,7 +129,7 @@ class DifferentiableLlama:
         return self._linear(module, x).unflatten(-1, (-1, self.config.head_size))
 
     def _rotate(self, x: Tensor, position: Tensor) -> Tensor:
-        return reference.rotate(x, *(table[position].unsqueeze(-2) for table in self.tables))
+        return reference._rotate(x, *(table[position].unsqueeze(-2) for table in self.tables))
 
 
 def filled(delta: Tensor, rows: int) -> Tensor:
