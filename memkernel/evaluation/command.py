@@ -74,7 +74,7 @@ def _finish(args: argparse.Namespace, kind: str, facts: dict) -> None:
 
 
 def _progress(total: int):
-    return lambda done: print(f"\r{done}/{total} cases", end="" if done < total else "\n", file=sys.stderr)
+    return lambda done: print(f"\r{done}/{total} cases", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def _retention(args: argparse.Namespace) -> None:
