@@ -38,6 +38,7 @@ sanitize: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py build_backend.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "memkernel needs Python 3.10 or later")'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch  # first, or the build fetches another one for its headers
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
