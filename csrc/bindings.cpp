@@ -21,10 +21,6 @@ int64_t last_size(const char* name, const Tensor& t) {
   return t.size(-1);
 }
 
-void expect_at_least_0(const char* name, int64_t value) {
-  if (value < 0) fail(std::string(name) + ": expected at least 0, got " + std::to_string(value));
-}
-
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t E = last_size("x", x);
   expect("weight", weight, {E}, x.scalar_type());

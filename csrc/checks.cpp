@@ -51,6 +51,10 @@ void expect_dims(const char* name, const Tensor& t, int64_t dims) {
     fail(std::string(name) + ": expected " + std::to_string(dims) + " dimensions, got " + to_string(t.sizes()));
 }
 
+void expect_at_least_0(const char* name, int64_t value) {
+  if (value < 0) fail(std::string(name) + ": expected at least 0, got " + std::to_string(value));
+}
+
 void expect_below(const char* name, const Tensor& t, int64_t limit) {
   const auto* values = static_cast<const int32_t*>(t.const_data_ptr());
   int32_t least = 0, most = -1;

@@ -27,6 +27,7 @@ std::string to_string(IntHeaderOnlyArrayRef shape);
 void expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype);
 void expect(const char* name, const Tensor& t, IntHeaderOnlyArrayRef shape, ScalarType dtype);
 void expect_dims(const char* name, const Tensor& t, int64_t dims);
+void expect_at_least_0(const char* name, int64_t value);
 
 // Fails unless 0 <= value < limit for all of a contiguous int32 tensor: these index memory.
 void expect_below(const char* name, const Tensor& t, int64_t limit);
