@@ -40,14 +40,18 @@ def initial_weights(config: ModelConfig, generator: torch.Generator) -> dict[str
 
 
 class DifferentiableLlama:
-    """The forward for one set of weights, named as in a checkpoint, without adapters."""
+    """The forward for one set of float32 weights, named as in a checkpoint, without adapters.
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
+    Matrix products are taken in `dtype`; the residual stream, memory, norms and softmax stay float32.
+    """
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32):
         if config.lora is not None:
             raise ValueError("config: expected a model without adapters, got lora_config")
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.dtype = config, weights, dtype
+        self.matrices = {name: weight.to(dtype) for name, weight in weights.items() if weight.ndim == 2}
         self.embedding = weights["model.embed_tokens.weight"]
-        self.head = self.embedding if config.tied_embeddings else weights["lm_head.weight"]
+        self.head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
         self.write_embedding = weights["new_memory_positional_emb"][0, 0]
         longest = 2 * config.memory_rows + 8 * config.write_rows
         self.tables = config.rope.table(longest, config.head_size, self.embedding.device)
@@ -64,8 +68,7 @@ class DifferentiableLlama:
         x = F.embedding(input_ids, self.embedding)
         for i in range(self.config.num_layers):
             x = self._layer(i, x, x.shape[1], None if pool is None else pool[i], bos=pool is not None)
-        x = reference.rms_norm(x, self.weights["model.norm.weight"], self.config.norm_eps)
-        return reference.linear(x, self.head).float()
+        return self._linear(self.head, self._normed("model.norm", x)).float()
 
     def inject(self, input_ids: Tensor, recent: Tensor | None) -> Tensor:
         """The rows that text writes.
@@ -92,28 +95,26 @@ class DifferentiableLlama:
 
     def _layer(self, index: int, rows: Tensor, queries: int, memory: Tensor | None, bos: bool) -> Tensor:
         """The output of one layer for the last `queries` of rows [B, S, E], over [bos ; memory [P, M', E] ; rows]."""
-        eps, name = self.config.norm_eps, f"model.layers.{index}."
+        name = f"model.layers.{index}."
         M, S, bos = 0 if memory is None else memory.shape[1], rows.shape[1], bos and self.config.has_bos
-        normed = reference.rms_norm(rows, self.weights[name + "input_layernorm.weight"], eps)
+        normed = self._normed(name + "input_layernorm", rows)
         own_position = torch.arange(bos + M, bos + M + S, device=rows.device)
         source, source_position = normed, own_position
         if bos:
-            bos_E = reference.rms_norm(
-                self.weights["bos_embedding"][index, 0], self.weights[name + "input_layernorm.weight"], eps
-            )
+            bos_E = self._normed(name + "input_layernorm", self.weights["bos_embedding"][index, 0])
             source = torch.cat([bos_E.expand(len(rows), 1, -1), normed], dim=1)
             source_position = torch.cat([own_position.new_zeros(1), own_position])
         query = self._rotate(self._project(name + "self_attn.q_proj", normed[:, -queries:]), own_position[-queries:])
         key, value = self._keys_and_values(name, source, source_position)
         memory_key = memory_value = key.new_zeros(1, 0, *key.shape[2:])
         if memory is not None:
-            memory = reference.rms_norm(memory, self.weights[name + "input_layernorm.weight"], eps)
+            memory = self._normed(name + "input_layernorm", memory)
             position = torch.arange(bos, bos + M, device=rows.device)
             memory_key, memory_value = self._keys_and_values(name, memory, position)
         start = torch.full((len(rows),), source.shape[1] - queries, dtype=torch.int32, device=rows.device)
         attended = reference.memory_attention(query, memory_key, memory_value, key, value, start)
         out = rows[:, -queries:] + self._linear(name + "self_attn.o_proj", attended.flatten(2))
-        normed = reference.rms_norm(out, self.weights[name + "post_attention_layernorm.weight"], eps)
+        normed = self._normed(name + "post_attention_layernorm", out)
         gate_up = torch.cat([self._linear(name + f"mlp.{part}_proj", normed) for part in ("gate", "up")], dim=-1)
         return out + self._linear(name + "mlp.down_proj", reference.swiglu(gate_up))
 
@@ -121,8 +122,11 @@ class DifferentiableLlama:
         key = self._rotate(self._project(name + "self_attn.k_proj", source), position)
         return key, self._project(name + "self_attn.v_proj", source)
 
+    def _normed(self, module: str, x: Tensor) -> Tensor:
+        return reference.rms_norm(x, self.weights[module + ".weight"], self.config.norm_eps).to(self.dtype)
+
     def _linear(self, module: str, x: Tensor) -> Tensor:
-        return reference.linear(x, self.weights[module + ".weight"])
+        return reference.linear(x, self.matrices[module + ".weight"])
 
     def _project(self, module: str, x: Tensor) -> Tensor:
         """[B, S, E] -> [B, S, heads, D]."""

@@ -19,6 +19,8 @@ from memkernel.training.facts import Fact
 PROMPT_WEIGHT = 0.1  # of the loss on a question's own tokens, beside 1 on its answer's
 TOLD_WEIGHT = 0.5  # on the tokens of a fact that is told again
 ASKED = 0.6  # of the facts that are read after the first; the others are told again
+EARLIER = 0.3  # of the facts that are read after the first, from the updates of earlier steps
+LONGEST = 16  # updates that a fact of an earlier step is asked about
 CORRECTED = 0.1  # of the facts, by a later one
 ABOUT_GRADED = 0.5  # of the questions of an episode of several updates
 FIRST_FILL = 0.04  # of the episodes begin with empty pools
@@ -27,8 +29,8 @@ FIRST_FILL = 0.04  # of the episodes begin with empty pools
 @dataclass(frozen=True)
 class Plan:
     """An episode's shape. updates: how many; graded: the one with gradient; alone: only its rows are read; first: the
-    pools are empty before; chunk: tokens of an update; most_facts: in an update; visible: how many of the newest rows
-    are read, unless alone."""
+    pools are empty before; chunk: tokens of an update; most_facts: in an update; blocks: how many updates' rows, the
+    newest of the pool, are read, unless alone."""
 
     updates: int
     graded: int
@@ -36,7 +38,7 @@ class Plan:
     first: bool
     chunk: int
     most_facts: int
-    visible: int
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -45,37 +47,43 @@ class Episode:
 
     chunks: [updates, P, T] int64. read: [P * sequences, T'] int64, padded on the right. answer: like read, the number
     of the answer that a token belongs to, -1 outside answers. weight: like read, float32, of a token in the loss.
+    told: what each pool was told, oldest first, as (updates since, fact), 0 for the episode's last update.
     """
 
     chunks: Tensor
     read: Tensor
     answer: Tensor
     weight: Tensor
+    told: list[list[tuple[int, Fact]]]
 
 
 def plan_step(progress: float, write_rows: int, memory_rows: int, rng: random.Random) -> Plan:
     """The curriculum at `progress` from 0 to 1: few facts read from the new rows alone, then more facts, then ever more
     of the newest rows and the tasks that need them, until the whole pool is read."""
-    most_facts = 1 + int(min(progress / 0.3, 1) * 5)
+    most_facts = 1 + int(min(progress / 0.2, 1) * 5)
     chunk = rng.randint(max(16, write_rows), 2 * write_rows)
-    whole = min(max(progress - 0.1, 0) / 0.4, 1)  # how far the tasks are those of the full recipe
+    whole = min(max(progress - 0.08, 0) / 0.32, 1)  # how far the tasks are those of the full recipe
     blocks = (memory_rows / write_rows) ** whole
     first = rng.random() < FIRST_FILL
     if rng.random() < min(0.5, whole):
         updates = 1 + int(2 ** rng.uniform(0, math.log2(blocks)))
-        visible = min(memory_rows, math.ceil(max(blocks, updates)) * write_rows)
-        return Plan(updates, rng.choice((0, updates - 1)), False, first, chunk, most_facts, visible)
+        seen = math.ceil(max(blocks, updates))
+        return Plan(updates, rng.choice((0, updates - 1)), False, first, chunk, most_facts, seen)
     alone = rng.random() >= 0.5 * whole
-    return Plan(1, 0, alone, first, chunk, most_facts, min(memory_rows, math.ceil(blocks) * write_rows))
+    return Plan(1, 0, alone, first, chunk, most_facts, math.ceil(blocks))
 
 
-def make_episode(plan: Plan, pools: int, sequences: int, items: int, tokenizer, rng, held_out: bool) -> Episode:
-    """Text for `pools` pools and `sequences` sequences that read each, of `items` facts asked or told again; the first
-    is always asked. `tokenizer` is a `tokenizers.Tokenizer`."""
-    chunks, rows, answers = [], [], 0
-    for _ in range(pools):
-        story = Story(plan, tokenizer, rng, held_out)
+def make_episode(
+    plan: Plan, earlier: list[list[tuple[int, Fact]]], sequences: int, items: int, tokenizer, rng, held_out: bool
+) -> Episode:
+    """Text for one pool for each entry of `earlier`, the `told` of the last episode, and `sequences` sequences that read
+    each, of `items` facts asked or told again; the first is of this episode, and asked. `tokenizer` is a
+    `tokenizers.Tokenizer`."""
+    chunks, rows, told, answers = [], [], [], 0
+    for before in earlier:
+        story = Story(plan, before, tokenizer, rng, held_out)
         chunks.append(story.chunks)
+        told.append(story.told())
         for _ in range(sequences):
             row: list[tuple[int, int, float]] = []  # token, answer, weight
             for i, fact in enumerate(story.choose(items)):
@@ -89,16 +97,23 @@ def make_episode(plan: Plan, pools: int, sequences: int, items: int, tokenizer, 
     longest = max(map(len, rows))
     padded = [row + [filler] * (longest - len(row)) for row in rows]
     read, answer, weight = (torch.tensor([[part[i] for part in row] for row in padded]) for i in range(3))
-    return Episode(torch.tensor(chunks).transpose(0, 1), read, answer, weight)
+    return Episode(torch.tensor(chunks).transpose(0, 1), read, answer, weight, told)
 
 
 class Story:
     """The updates of one pool, and what is true at their end."""
 
-    def __init__(self, plan: Plan, tokenizer, rng: random.Random, held_out: bool):
+    def __init__(self, plan: Plan, earlier: list[tuple[int, Fact]], tokenizer, rng: random.Random, held_out: bool):
         self.plan, self.tokenizer, self.rng, self.held_out = plan, tokenizer, rng, held_out
         self.truth: dict[tuple[str, str], tuple[int, Fact]] = {}  # by key: the update that said so last, and the fact
         self.chunks = [self._chunk(update) for update in range(plan.updates)]
+        # Of updates before this episode: negative numbers.
+        self.earlier = [] if plan.first else [(-1 - age, fact) for age, fact in earlier if fact.key not in self.truth]
+
+    def told(self) -> list[tuple[int, Fact]]:
+        """All that is true, as `Episode.told`, of the last LONGEST updates."""
+        pairs = [(self.plan.updates - 1 - update, fact) for update, fact in [*self.earlier, *self.truth.values()]]
+        return [pair for pair in pairs if pair[0] < LONGEST]
 
     def choose(self, count: int) -> list[Fact]:
         """Different facts to read, mostly of the update with gradient; fewer than `count` if fewer were told."""
@@ -108,7 +123,12 @@ class Story:
             pairs = [pair for pair in pairs if pair[0] == self.plan.graded] or pairs
         # A stable sort: each pair of the graded update is moved to the front or left among the others.
         pairs.sort(key=lambda pair: pair[0] != self.plan.graded or self.rng.random() > ABOUT_GRADED)
-        return [fact for _, fact in pairs[:count]]
+        chosen = [fact for _, fact in pairs[:count]]
+        seen = [fact for update, fact in self.earlier if self.plan.updates - update <= self.plan.blocks]
+        if seen and not self.plan.alone:
+            others = [self.rng.choice(seen) if self.rng.random() < EARLIER else fact for fact in chosen[1:]]
+            chosen = list(dict.fromkeys([*chosen[:1], *others]))
+        return chosen
 
     def asked(self, fact: Fact, number: int) -> list[tuple[int, int, float]]:
         """Tokens of a question and its answer, as (token, answer, weight)."""

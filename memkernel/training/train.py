@@ -1,7 +1,8 @@
 """The training loop: a pure function of its settings and seed, whenever it is interrupted and resumed.
 
 Every step is one episode (`episodes`) over P pools, which live on from step to step as hidden states without gradient.
-The data and the draws of a step depend on the seed and the step alone, so that a checkpoint needs no random state.
+The data and the draws of a step depend on the seed, the step and what the pools were told, so that a checkpoint needs
+no random state.
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -22,14 +23,16 @@ from memkernel.config import ModelConfig
 from memkernel.training import vocabulary
 from memkernel.training.differentiable import DifferentiableLlama, draw_kept, filled, initial_weights, updated
 from memkernel.training.episodes import Episode, Plan, make_episode, plan_step
+from memkernel.training.facts import Fact
 
 GEOMETRY = {
     "model_type": "llama",  # as the published 8B checkpoints say
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,
     "tie_word_embeddings": True,
@@ -49,14 +52,14 @@ CLIP = 1.0
 class Settings:
     """What a run depends on; a checkpoint of other settings is not resumed."""
 
-    steps: int = 12000
+    steps: int = 9000
     pools: int = 32
     sequences: int = 2  # that read each pool in a step
     items: int = 3  # facts of a sequence
     rate: float = 3e-3
     decay: float = 0.05
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str = "bfloat16"  # of the matrix products; all else is float32
     device: str = "cpu"
 
 
@@ -81,6 +84,7 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
         self.step, self.pool = 0, None
+        self.told: list[list[tuple[int, Fact]]] = [[] for _ in range(settings.pools)]  # see `Episode`
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -92,8 +96,8 @@ class Trainer:
         plan = plan_step(self.step / settings.steps, self.config.write_rows, self.config.memory_rows, rng)
         if self.pool is None and not plan.first:
             plan = Plan(**asdict(plan) | {"first": True})
-        sizes = settings.pools, settings.sequences, settings.items
-        episode = make_episode(plan, *sizes, self.tokenizer, rng, held_out=False)
+        sizes = settings.sequences, settings.items
+        episode = make_episode(plan, self.told, *sizes, self.tokenizer, rng, held_out=False)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate * self._schedule()
         loss, recall, self.pool = self.run(plan, episode, self.pool, generator)
@@ -101,6 +105,7 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP)
         self.optimizer.step()
+        self.told = episode.told
         self.step += 1
         return {"loss": loss.item(), "recall": recall}
 
@@ -113,7 +118,7 @@ class Trainer:
         self, plan: Plan, episode: Episode, pool: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, float, Tensor]:
         """The episode's updates and questions; returns loss, recall, and the pool [L, P, M, E] after it, detached."""
-        model = DifferentiableLlama(self.config, {name: w.to(self.dtype) for name, w in self.weights.items()})
+        model = DifferentiableLlama(self.config, self.weights, self.dtype)
         pool = None if plan.first else pool.detach()
         alone = None
         for i, chunk in enumerate(episode.chunks.to(self.device)):
@@ -125,7 +130,8 @@ class Trainer:
             else:
                 kept = draw_kept(pool, delta.shape[2], generator, self.config.drop_per_layer)
                 pool = updated(pool, delta, kept)
-        logits = model.read(episode.read.to(self.device), alone if plan.alone else pool[:, :, -plan.visible :])
+        seen = min(plan.blocks * self.config.write_rows, self.config.memory_rows)
+        logits = model.read(episode.read.to(self.device), alone if plan.alone else pool[:, :, -seen:])
         loss, recall = score(logits, episode)
         return loss, recall, pool.detach()
 
@@ -139,9 +145,10 @@ class Trainer:
             for i in range(rounds):
                 rng = random.Random(f"held out {t} {i}")
                 generator = torch.Generator().manual_seed(i)
-                plan = Plan(1 + t, 0, False, False, longest, 10, self.config.memory_rows)
-                told = make_episode(plan, self.settings.pools, 2, 1, self.tokenizer, rng, held_out=True)
-                found[t] += self.run(plan, told, self.pool, generator)[1] / rounds
+                plan = Plan(1 + t, 0, False, False, longest, 10, self.config.memory_rows // self.config.write_rows)
+                nothing = [[] for _ in range(self.settings.pools)]
+                episode = make_episode(plan, nothing, 2, 1, self.tokenizer, rng, held_out=True)
+                found[t] += self.run(plan, episode, self.pool, generator)[1] / rounds
         return found
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -149,6 +156,7 @@ class Trainer:
     def save(self) -> None:
         """Write the state of the run, whole or not at all."""
         state = {"settings": asdict(self.settings), "config": self.raw, "step": self.step, "pool": self.pool}
+        state["told"] = [[(age, astuple(fact)) for age, fact in facts] for facts in self.told]
         state |= {"weights": self.weights, "optimizer": self.optimizer.state_dict()}
         replace(self.folder / "training.pt", lambda path: torch.save(state, path))
 
@@ -166,6 +174,7 @@ class Trainer:
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.pool = state["step"], state["pool"]
+        self.told = [[(age, Fact(*fact)) for age, fact in facts] for facts in state["told"]]
         return True
 
     def export(self) -> None:

@@ -1,7 +1,8 @@
 """Names and nouns without end, a fixed fifth of them never used in training.
 
-Invented words are strings of syllables, so that every word, held out or not, is spelled from the same pieces; real ones
-add spellings that no syllable rule makes. Whether a word is held out is a hash of it: there are no lists to keep.
+Invented words are strings of syllables, most of them plain, so that every word, held out or not, is spelled from the
+same pieces; the others, and real words, have spellings that the pieces do not fit. Whether a word is held out is a hash
+of it: there are no lists to keep.
 """
 
 import random
@@ -14,6 +15,16 @@ VOWELS = tuple("aeiou")
 ENDINGS = ("", "", "", "", "", "", "n", "r", "s")
 SYLLABLES = (2, 2, 2, 3)  # of an invented word
 REAL_SHARE = 0.15
+UNEVEN_SHARE = 0.3  # of the invented words: their syllables may begin, sound and end in any of these
+UNEVEN_ONSETS = """b c d f g h j k l m n p q r s t v w x y z
+    bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sh sl sp st th tr wh"""
+UNEVEN_ONSETS = ("", *UNEVEN_ONSETS.split())
+UNEVEN_VOWELS = """a e i o u
+    y ae ai au ea ee ei eu ia ie io oa oo ou ue ui"""
+UNEVEN_VOWELS = tuple(UNEVEN_VOWELS.split())
+CODAS = """b c d f g k l m n p r s t x y z
+    ck ll nd ng nn nt rd rg rn rt sh ss st th tt"""
+CODAS = (*[""] * 24, *CODAS.split())
 
 REAL = {
     "person": """Adam Alice Amir Anna Anton Ben Bruno Carl Carmen Clara Daniel David Dora Edgar Elena Emma Eric Eva
@@ -61,5 +72,7 @@ def draw(kind: str, held_out: bool, rng: random.Random) -> str:
 
 def invent(rng: random.Random) -> str:
     """A word of two or three syllables, lower case."""
-    syllables = (rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice(SYLLABLES)))
-    return "".join(syllables) + rng.choice(ENDINGS)
+    count = rng.choice(SYLLABLES)
+    if rng.random() < UNEVEN_SHARE:
+        return "".join(rng.choice(part) for _ in range(count) for part in (UNEVEN_ONSETS, UNEVEN_VOWELS, CODAS))
+    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(count)) + rng.choice(ENDINGS)
