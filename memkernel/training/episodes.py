@@ -76,7 +76,7 @@ def plan_step(progress: float, write_rows: int, memory_rows: int, rng: random.Ra
 def make_episode(
     plan: Plan, earlier: list[list[tuple[int, Fact]]], sequences: int, items: int, tokenizer, rng, held_out: bool
 ) -> Episode:
-    """Text for one pool for each entry of `earlier`, the `told` of the last episode, and `sequences` sequences that read
+    """Text for one pool per entry of `earlier`, the `told` of the last episode, and `sequences` sequences that read
     each, of `items` facts asked or told again; the first is of this episode, and asked. `tokenizer` is a
     `tokenizers.Tokenizer`."""
     chunks, rows, told, answers = [], [], [], 0
