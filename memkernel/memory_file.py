@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
@@ -25,12 +26,21 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = metadata | {"format": FORMAT}
     metadata["digest"] = _digest(tensors, metadata)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+
+    def write(partial: Path) -> None:
         try:
             safetensors.torch.save_file(tensors, partial, metadata)
         except safetensors.SafetensorError as error:  # what it makes of a full disk, say
             raise OSError(f"{path}: {error}") from error
+
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` make a file beside `path`, then fsync and rename it: whatever interrupts this, `path` is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
         _fsync(partial)
         os.replace(partial, path)
         _fsync(path.parent)

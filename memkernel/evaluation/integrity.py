@@ -7,7 +7,7 @@ from pathlib import Path
 
 from memkernel.evaluation.cases import Case
 from memkernel.evaluation.retention import exact
-from memkernel.training.train import replace
+from memkernel.memory_file import write_whole
 
 SAVE_EVERY = 1000  # updates
 
@@ -53,7 +53,7 @@ def integrity(
         if done == updates or done % SAVE_EVERY == 0:
             engine.memory.save(saved)
             facts = json.dumps({"updates": done, "probes": probes}, indent=1)
-            replace(report, lambda path, facts=facts: path.write_text(facts + "\n"))
+            write_whole(report, lambda path, facts=facts: path.write_text(facts + "\n"))
     return {"updates": done, "probes": probes}
 
 

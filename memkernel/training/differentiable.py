@@ -42,7 +42,8 @@ def initial_weights(config: ModelConfig, generator: torch.Generator) -> dict[str
 class DifferentiableLlama:
     """The forward for one set of float32 weights, named as in a checkpoint, without adapters.
 
-    Matrix products are taken in `dtype`; the residual stream, memory, norms and softmax stay float32.
+    Matrices, and what is multiplied by them, are rounded to `dtype`, as are queries, keys and values; the residual
+    stream, the memory and the arithmetic of norms and softmax stay float32.
     """
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32):

@@ -20,7 +20,7 @@ PROMPT_WEIGHT = 0.1  # of the loss on a question's own tokens, beside 1 on its a
 TOLD_WEIGHT = 0.5  # on the tokens of a fact that is told again
 ASKED = 0.6  # of the facts that are read after the first; the others are told again
 EARLIER = 0.3  # of the facts that are read after the first, from the updates of earlier steps
-LONGEST = 16  # updates that a fact of an earlier step is asked about
+LONGEST_AGO = 16  # updates that a fact of an earlier step is asked about
 CORRECTED = 0.1  # of the facts, by a later one
 ABOUT_GRADED = 0.5  # of the questions of an episode of several updates
 FIRST_FILL = 0.04  # of the episodes begin with empty pools
@@ -111,9 +111,9 @@ class Story:
         self.earlier = [] if plan.first else [(-1 - age, fact) for age, fact in earlier if fact.key not in self.truth]
 
     def told(self) -> list[tuple[int, Fact]]:
-        """All that is true, as `Episode.told`, of the last LONGEST updates."""
+        """All that is true, as `Episode.told`, of the last LONGEST_AGO updates."""
         pairs = [(self.plan.updates - 1 - update, fact) for update, fact in [*self.earlier, *self.truth.values()]]
-        return [pair for pair in pairs if pair[0] < LONGEST]
+        return [pair for pair in pairs if pair[0] < LONGEST_AGO]
 
     def choose(self, count: int) -> list[Fact]:
         """Different facts to read, mostly of the update with gradient; fewer than `count` if fewer were told."""

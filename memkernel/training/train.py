@@ -7,11 +7,10 @@ no random state.
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memkernel.config import ModelConfig
+from memkernel.memory_file import write_whole
 from memkernel.training import vocabulary
 from memkernel.training.differentiable import DifferentiableLlama, draw_kept, filled, initial_weights, updated
 from memkernel.training.episodes import Episode, Plan, make_episode, plan_step
@@ -95,7 +95,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         plan = plan_step(self.step / settings.steps, self.config.write_rows, self.config.memory_rows, rng)
         if self.pool is None and not plan.first:
-            plan = Plan(**asdict(plan) | {"first": True})
+            plan = replace(plan, first=True)
         sizes = settings.sequences, settings.items
         episode = make_episode(plan, self.told, *sizes, self.tokenizer, rng, held_out=False)
         for group in self.optimizer.param_groups:
@@ -158,7 +158,7 @@ class Trainer:
         state = {"settings": asdict(self.settings), "config": self.raw, "step": self.step, "pool": self.pool}
         state["told"] = [[(age, astuple(fact)) for age, fact in facts] for facts in self.told]
         state |= {"weights": self.weights, "optimizer": self.optimizer.state_dict()}
-        replace(self.folder / "training.pt", lambda path: torch.save(state, path))
+        write_whole(self.folder / "training.pt", lambda path: torch.save(state, path))
 
     def resume(self) -> bool:
         """Continue the run that `folder` holds; False if it holds none. Raises ValueError for one of other settings."""
@@ -190,7 +190,7 @@ def write_checkpoint(folder: Path, raw: dict, weights: dict[str, Tensor], memory
     tensors["memory"] = nothing if memory is None else memory.float().cpu().contiguous()
     tensors["initialized"] = torch.tensor(int(memory is not None), dtype=torch.uint8)
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
-    replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def score(logits: Tensor, episode: Episode) -> tuple[Tensor, float]:
@@ -203,15 +203,6 @@ def score(logits: Tensor, episode: Episode) -> tuple[Tensor, float]:
     counts = torch.zeros(int(answer.max()) + 1, device=logits.device)
     counts.index_add_(0, answer[answer >= 0], wrong.float())
     return loss, (counts == 0).float().mean().item()
-
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under another name, then rename it: whatever interrupts this, `path` is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def train(trainer: Trainer, say: Callable[[str], None], every: int = 200, save_every: int = 200) -> None:
