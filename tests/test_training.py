@@ -16,7 +16,7 @@ from compare import relative_error
 from tokenizers import Tokenizer
 
 from memkernel import Engine, ModelConfig
-from memkernel.training import facts, train, vocabulary, words
+from memkernel.training import differentiable, facts, train, vocabulary, words
 from memkernel.training.differentiable import DifferentiableLlama, filled, initial_weights, updated
 from memkernel.training.episodes import Plan, Story, make_episode, plan_step
 from memkernel.training.train import Settings, Trainer, write_checkpoint
@@ -118,7 +118,7 @@ def test_gradient_reaches_the_graded_update_and_no_older_memory(tmp_path, update
         assert old.grad is None and not pool.requires_grad
         written = trainer.weights["new_memory_positional_emb"].grad  # only updates have it
         assert (written is not None and bool(written.abs().sum() > 0)) == reaches
-        assert trainer.weights["bos_embedding"].grad.abs().sum() > 0
+        assert trainer.weights["model.norm.weight"].grad.abs().sum() > 0
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -184,10 +184,56 @@ def test_another_runs_state_is_refused(tmp_path):
         Trainer(tmp_path, QUICK, SMALL | {"num_blocks": 8}).resume()
 
 
+def test_words_that_noted_the_same_word_are_found(tmp_path, monkeypatch):
+    """Before any training, heads of the second layer see which of two towns was told of the person who is asked about;
+    without `look_back` hardly."""
+    seen = []
+    attention = differentiable.reference.memory_attention
+
+    def spy(query, memory_key, memory_value, key, *rest):
+        seen.append((query, memory_key, key))
+        return attention(query, memory_key, memory_value, key, *rest)
+
+    def right_over_wrong() -> float:
+        """Mean difference of the scores of the two towns, over the first quarter of the second layer's heads."""
+        trainer, rng, total = Trainer(tmp_path, QUICK), random.Random(0), 0.0
+        model = DifferentiableLlama(trainer.config, trainer.weights)
+        encode = trainer.tokenizer.encode
+        recent = torch.randn(4, 1, 16, 128, generator=torch.Generator().manual_seed(0))
+        for i in range(20):
+            one, other = (words.draw("person", False, rng, invented=0) for _ in range(2))
+            towns = [words.draw("place", False, rng, invented=0) for _ in range(2)]
+            told = f"Side. After the rain the long garden {one} lives in {towns[0]}. {other} lives in {towns[1]}."
+            with torch.no_grad():
+                rows = model.inject(torch.tensor([encode(told).ids]), recent)
+                seen.clear()
+                model.read(torch.tensor([encode(f"Where does {(one, other)[i % 2]} live? Answer:").ids]), rows)
+            query, memory_key, _ = seen[1]
+            scores = query[0, -1, :2] @ memory_key[0, :, 0].T / trainer.config.head_size**0.5
+            first, second = scores[:, -7].mean().item(), scores[:, -2].mean().item()
+            total += (second - first if i % 2 else first - second) / 20
+        return total
+
+    monkeypatch.setattr(differentiable.reference, "memory_attention", spy)
+    assert right_over_wrong() > 1
+    monkeypatch.setattr(train, "look_back", lambda *args: None)
+    assert abs(right_over_wrong()) < 0.5
+
+
+def test_words_are_never_trained(tmp_path):
+    trainer = Trainer(tmp_path, QUICK, SMALL)
+    before = trainer.weights[train.EMBEDDING].detach().clone()
+    for _ in range(QUICK.steps):
+        trainer.train_step()
+    moved = (trainer.weights[train.EMBEDDING] != before).any(1)
+    words_begin = len(vocabulary.grammar())
+    assert moved[:words_begin].any() and not moved[words_begin:].any()
+
+
 def test_training_learns(tmp_path):
-    settings = dataclasses.replace(QUICK, steps=60, pools=8, rate=5e-3)
+    settings = dataclasses.replace(QUICK, steps=150, pools=8, rate=3e-2)
     trainer = Trainer(tmp_path, settings, SMALL)
-    losses = [trainer.train_step()["loss"] for _ in range(60)]
+    losses = [trainer.train_step()["loss"] for _ in range(150)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert set(trainer.evaluate(later=(0, 2))) == {0, 2}
 
@@ -196,7 +242,7 @@ def test_training_learns(tmp_path):
 
 
 def grammar_words():
-    return {piece.lower() for piece in vocabulary.pieces() if piece.isalpha()}
+    return {piece.lower() for piece in vocabulary.grammar() if piece.isalpha()}
 
 
 def test_training_text_holds_no_held_out_word(tokenizer):
@@ -223,6 +269,19 @@ def test_every_word_can_be_spelled(tokenizer):
     assert tokenizer.encode("Ren\u00e9e").ids == tokenizer.encode("Renee").ids
     statements = [s for r in facts.RELATIONS.values() for s in r.statements + r.questions]
     assert all("<unk>" not in tokenizer.encode(text).tokens for text in statements)
+
+
+def test_a_statement_is_read_as_the_fact_it_states():
+    rng = random.Random(0)
+    for fact in facts.draw_facts(rng, 500, held_out=False):
+        assert facts.read(fact.statement(rng)) == facts.read(fact.correction(rng)) == fact
+    for sentence in (
+        "It rained.",
+        "Mila lives in Dresden",
+        "the mayor of Rome is Ida.",
+        "Mila lives in Dresden. Mila likes figs.",
+    ):
+        assert facts.read(sentence) is None
 
 
 def test_a_story_says_what_is_asked(tokenizer):
@@ -294,15 +353,15 @@ def test_answers_are_marked(tokenizer):
         ids = episode.read[row[0]]
         assert ids[columns[-1]] == end and ids[columns[0] - 1] == colon
         assert words.is_held_out(tokenizer.decode(ids[columns[:-1]].tolist()))
-    assert (episode.weight[episode.answer >= 0] == 1).all()
-    assert (episode.weight[episode.read == tokenizer.token_to_id("<pad>")] == 0).all()
+    assert episode.scored[episode.answer >= 0].all()
+    assert not episode.scored[:, 0].any() and not episode.scored[episode.read == tokenizer.token_to_id("<pad>")].any()
 
 
 def test_the_curriculum_ends_in_the_published_recipe():
     rng = random.Random(0)
     begin = [plan_step(0.0, 16, 256, rng) for _ in range(200)]
-    assert all(plan.alone and plan.updates == 1 and plan.most_facts == 1 for plan in begin)
-    middle = [plan_step(0.24, 16, 256, rng) for _ in range(500)]  # half the way, of 16 blocks on a logarithmic scale
+    assert all(plan.alone and plan.updates == 1 and plan.most_facts == 3 for plan in begin)
+    middle = [plan_step(0.2, 16, 256, rng) for _ in range(500)]  # half the way, of 16 blocks on a logarithmic scale
     assert {plan.blocks for plan in middle} == {4} and max(plan.updates for plan in middle) <= 4
     end = [plan_step(0.9, 16, 256, rng) for _ in range(4000)]
     one, several = [plan for plan in end if plan.updates == 1], [plan for plan in end if plan.updates > 1]

@@ -13,6 +13,13 @@ from memkernel.config import ModelConfig
 from memkernel.weights import expected_shapes
 
 STATE = ("memory", "initialized")  # tensors of a checkpoint that are not trained
+EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING_LENGTH = 8.0
+LOOK_BACK = (3, 4)  # tokens
+NEAR = (0.25, 0.9)  # radians a token, of the rotary pairs that tell one to six tokens apart
+STILL = 0.004  # below it a pair hardly turns over a whole pool
+NOTED = 2.5  # of what the first layer notes, beside what other heads pass on
+SAME, WORDS = 1.6, 2.5  # how far heads of later layers ask for the word that was noted, and for words at all
 
 
 def initial_weights(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
@@ -20,6 +27,7 @@ def initial_weights(config: ModelConfig, generator: torch.Generator) -> dict[str
 
     Queries begin as keys and outputs as transposed values: every head looks for what resembles its query and passes on
     what it finds, which is half of what copying from memory takes, and saves most of the time until it is learnt.
+    Embeddings are large beside what a layer adds, so that a row still shows its token in the last layer.
     """
     weights = {}
     for name, shape in expected_shapes(config).items():
@@ -36,7 +44,55 @@ def initial_weights(config: ModelConfig, generator: torch.Generator) -> dict[str
         weights[query] = 0.8 * by_head[0].flatten(0, 1) + 0.6 * weights[query]
         weights[out] = (0.8 * by_head[1].flatten(0, 1).T + 0.6 * weights[out]) * config.num_layers**-0.5
         weights[f"model.layers.{i}.mlp.down_proj.weight"] *= (2 * config.num_layers) ** -0.5
+    weights[EMBEDDING] *= EMBEDDING_LENGTH
+    weights["model.norm.weight"] /= EMBEDDING_LENGTH
     return weights
+
+
+def look_back(
+    config: ModelConfig, weights: dict[str, Tensor], common: Tensor, by_kind: Tensor, generator: torch.Generator
+) -> None:
+    """Let half of the heads begin as parts of the path from a question's subject to the value that was told of it.
+
+    First layer: they look at the word some tokens ago and note it, turned, so that the row of "Oslo" in "Anna lives in
+    Oslo." and the end of the question "Where does Anna live?" both hold Anna in the same directions, which are not
+    those of their own codes. Later layers: they look at words that noted what the query noted, wherever they stand.
+
+    Without it heads learn to find any town, or any in which someone lives, and thousands of steps go by in which a
+    subject makes no difference.
+
+    Args: weights as of `initial_weights`, changed in place; common [E] and by_kind [kinds, E] of `word_codes`.
+    """
+    D, E, repeats = config.head_size, config.hidden_size, config.num_heads // config.num_kv_heads
+    frequency, half = config.rope.frequencies(D), (config.num_kv_heads + 1) // 2
+    turn = torch.linalg.qr(torch.randn(E, E, generator=generator))[0]
+    word = by_kind.sum(0)
+
+    query, key, out = (weights[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qko")
+    near = ((frequency >= NEAR[0]) & (frequency <= NEAR[1])).float()
+    here = F.normalize(torch.cat([near, 0 * near]), dim=0)
+    for g in range(half):
+        rows = slice(g * D, (g + 1) * D)
+        key[rows] = 0.3 * key[rows] + 1.5 * torch.outer(here, word)
+        for r in range(repeats):
+            # The score of a key d tokens ago is largest where d is `back`.
+            back = LOOK_BACK[(g * repeats + r) % len(LOOK_BACK)] * frequency
+            ago = F.normalize(torch.cat([near * back.cos(), -(near * back.sin())]), dim=0)
+            rows = slice((g * repeats + r) * D, (g * repeats + r + 1) * D)
+            query[rows] = 0.3 * query[rows] + 1.5 * torch.outer(ago, common)
+            out[:, rows] = NOTED * turn @ out[:, rows]
+
+    still = (frequency < STILL).nonzero().flatten()
+    still = torch.cat([still, still + D // 2])
+    for i in range(1, config.num_layers):
+        query, key = (weights[f"model.layers.{i}.self_attn.{part}_proj.weight"] for part in "qk")
+        for g in range(half):
+            some = torch.linalg.qr(torch.randn(E, len(still) - 1, generator=generator))[0].T
+            asked, found = torch.zeros(2, D, E)
+            asked[still[0]], found[still[0]] = WORDS * common, WORDS * word
+            asked[still[1:]] = found[still[1:]] = SAME * some @ turn.T
+            key[g * D : (g + 1) * D] = found
+            query[g * repeats * D : (g + 1) * repeats * D] = asked.repeat(repeats, 1)
 
 
 class DifferentiableLlama:
@@ -51,24 +107,26 @@ class DifferentiableLlama:
             raise ValueError("config: expected a model without adapters, got lora_config")
         self.config, self.weights, self.dtype = config, weights, dtype
         self.matrices = {name: weight.to(dtype) for name, weight in weights.items() if weight.ndim == 2}
-        self.embedding = weights["model.embed_tokens.weight"]
+        self.embedding = weights[EMBEDDING]
         self.head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
         self.write_embedding = weights["new_memory_positional_emb"][0, 0]
         longest = 2 * config.memory_rows + 8 * config.write_rows
         self.tables = config.rope.table(longest, config.head_size, self.embedding.device)
 
-    def read(self, input_ids: Tensor, pool: Tensor | None) -> Tensor:
-        """Logits after each token.
+    def read(self, input_ids: Tensor, pool: Tensor | None, wanted: Tensor | None = None) -> Tensor:
+        """Logits after each token, or after those that are wanted.
 
         Args:
             input_ids: [B, T] int64, sequences padded on the right.
             pool: [L, P, M', E] hidden states in age order, pool p serving B / P consecutive sequences; any M' >= 1.
                 None is a plain Llama.
-        Returns: [B, T, V] float32.
+            wanted: [B, T] bool.
+        Returns: [B, T, V] float32; with `wanted`, [count, V] in the order of its true elements.
         """
         x = F.embedding(input_ids, self.embedding)
         for i in range(self.config.num_layers):
             x = self._layer(i, x, x.shape[1], None if pool is None else pool[i], bos=pool is not None)
+        x = x if wanted is None else x[wanted]
         return self._linear(self.head, self._normed("model.norm", x)).float()
 
     def inject(self, input_ids: Tensor, recent: Tensor | None) -> Tensor:

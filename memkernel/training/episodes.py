@@ -16,11 +16,12 @@ from torch import Tensor
 from memkernel.training import facts
 from memkernel.training.facts import Fact
 
-PROMPT_WEIGHT = 0.1  # of the loss on a question's own tokens, beside 1 on its answer's
-TOLD_WEIGHT = 0.5  # on the tokens of a fact that is told again
+SCORED_OF_PROMPTS = 0.1  # of the tokens of questions, drawn at random; of answers all
+SCORED_OF_TOLD = 0.5  # of the tokens of facts that are told again
 ASKED = 0.6  # of the facts that are read after the first; the others are told again
 EARLIER = 0.3  # of the facts that are read after the first, from the updates of earlier steps
 LONGEST_AGO = 16  # updates that a fact of an earlier step is asked about
+RELATIONS_TOLD = (1, 1, 1, 2, 4)  # of which one is drawn: how many relations the facts of an episode have
 CORRECTED = 0.1  # of the facts, by a later one
 ABOUT_GRADED = 0.5  # of the questions of an episode of several updates
 FIRST_FILL = 0.04  # of the episodes begin with empty pools
@@ -30,7 +31,7 @@ FIRST_FILL = 0.04  # of the episodes begin with empty pools
 class Plan:
     """An episode's shape. updates: how many; graded: the one with gradient; alone: only its rows are read; first: the
     pools are empty before; chunk: tokens of an update; most_facts: in an update; blocks: how many updates' rows, the
-    newest of the pool, are read, unless alone."""
+    newest of the pool, are read, unless alone. one_relation: of all facts."""
 
     updates: int
     graded: int
@@ -39,6 +40,7 @@ class Plan:
     chunk: int
     most_facts: int
     blocks: int
+    one_relation: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,28 @@ class Episode:
     """Tokens of an episode of P pools.
 
     chunks: [updates, P, T] int64. read: [P * sequences, T'] int64, padded on the right. answer: like read, the number
-    of the answer that a token belongs to, -1 outside answers. weight: like read, float32, of a token in the loss.
+    of the answer that a token belongs to, -1 outside answers. scored: like read, bool, whether a token counts in the
+    loss.
     told: what each pool was told, oldest first, as (updates since, fact), 0 for the episode's last update.
     """
 
     chunks: Tensor
     read: Tensor
     answer: Tensor
-    weight: Tensor
+    scored: Tensor
     told: list[list[tuple[int, Fact]]]
 
 
 def plan_step(progress: float, write_rows: int, memory_rows: int, rng: random.Random) -> Plan:
-    """The curriculum at `progress` from 0 to 1: few facts read from the new rows alone, then more facts, then ever more
-    of the newest rows and the tasks that need them, until the whole pool is read."""
-    most_facts = 1 + int(min(progress / 0.2, 1) * 5)
-    chunk = rng.randint(max(16, write_rows), 2 * write_rows)
-    whole = min(max(progress - 0.08, 0) / 0.32, 1)  # how far the tasks are those of the full recipe
+    """The curriculum at `progress` from 0 to 1: few facts read from the new rows alone, then more and ever more of the
+    newest rows and the tasks that need them, until the whole pool is read. Before it, up to 0, the few facts are of one
+    relation: a model that may find them by relation does not learn to find them by subject."""
+    if progress <= 0:
+        return Plan(1, 0, True, False, write_rows + write_rows // 4, 3, 1, one_relation=True)
+    longer = min(progress / 0.2, 1)
+    most_facts = 3 + int(longer * 3)
+    chunk = rng.randint(max(16, write_rows), int((1.25 + 0.75 * longer) * write_rows))
+    whole = min(progress / 0.4, 1)  # how far the tasks are those of the full recipe
     blocks = (memory_rows / write_rows) ** whole
     first = rng.random() < FIRST_FILL
     if rng.random() < min(0.5, whole):
@@ -85,7 +92,7 @@ def make_episode(
         chunks.append(story.chunks)
         told.append(story.told())
         for _ in range(sequences):
-            row: list[tuple[int, int, float]] = []  # token, answer, weight
+            row: list[tuple[int, int, bool]] = []  # token, answer, scored
             for i, fact in enumerate(story.choose(items)):
                 if i == 0 or rng.random() < ASKED:
                     row += story.asked(fact, answers)
@@ -93,11 +100,12 @@ def make_episode(
                 else:
                     row += story.told_again(fact)
             rows.append(row)
-    filler = (tokenizer.token_to_id("<pad>"), -1, 0.0)
+    filler = (tokenizer.token_to_id("<pad>"), -1, False)
     longest = max(map(len, rows))
     padded = [row + [filler] * (longest - len(row)) for row in rows]
-    read, answer, weight = (torch.tensor([[part[i] for part in row] for row in padded]) for i in range(3))
-    return Episode(torch.tensor(chunks).transpose(0, 1), read, answer, weight, told)
+    read, answer, scored = (torch.tensor([[part[i] for part in row] for row in padded]) for i in range(3))
+    scored[:, 0] = False  # nothing predicts it
+    return Episode(torch.tensor(chunks).transpose(0, 1), read, answer, scored, told)
 
 
 class Story:
@@ -105,6 +113,10 @@ class Story:
 
     def __init__(self, plan: Plan, earlier: list[tuple[int, Fact]], tokenizer, rng: random.Random, held_out: bool):
         self.plan, self.tokenizer, self.rng, self.held_out = plan, tokenizer, rng, held_out
+        # Facts of few relations, which only their subjects tell apart.
+        self.relations = tuple(
+            rng.sample(tuple(facts.RELATIONS), 1 if plan.one_relation else rng.choice(RELATIONS_TOLD))
+        )
         self.truth: dict[tuple[str, str], tuple[int, Fact]] = {}  # by key: the update that said so last, and the fact
         self.chunks = [self._chunk(update) for update in range(plan.updates)]
         # Of updates before this episode: negative numbers.
@@ -130,15 +142,17 @@ class Story:
             chosen = list(dict.fromkeys([*chosen[:1], *others]))
         return chosen
 
-    def asked(self, fact: Fact, number: int) -> list[tuple[int, int, float]]:
-        """Tokens of a question and its answer, as (token, answer, weight)."""
+    def asked(self, fact: Fact, number: int) -> list[tuple[int, int, bool]]:
+        """Tokens of a question and its answer, as (token, answer, scored)."""
         question, answer = (self.tokenizer.encode(text).ids for text in (fact.question(self.rng), fact.value))
         answer.append(self.tokenizer.token_to_id("</s>"))
-        return [(token, -1, PROMPT_WEIGHT) for token in question] + [(token, number, 1.0) for token in answer]
+        drawn = [(token, -1, self.rng.random() < SCORED_OF_PROMPTS) for token in question]
+        return drawn + [(token, number, True) for token in answer]
 
-    def told_again(self, fact: Fact) -> list[tuple[int, int, float]]:
+    def told_again(self, fact: Fact) -> list[tuple[int, int, bool]]:
         """Tokens of a statement that a text goes on with, in any words."""
-        return [(token, -1, TOLD_WEIGHT) for token in self.tokenizer.encode(fact.statement(self.rng)).ids]
+        ids = self.tokenizer.encode(fact.statement(self.rng)).ids
+        return [(token, -1, self.rng.random() < SCORED_OF_TOLD) for token in ids]
 
     def _chunk(self, update: int) -> list[int]:
         """Exactly plan.chunk tokens: as many facts as there is room for, before them the end of a side text."""
@@ -162,7 +176,7 @@ class Story:
             fact = facts.corrected(self.rng.choice(told), self.rng, self.held_out)
             return fact, fact.correction(self.rng) if self.rng.random() < 0.7 else fact.statement(self.rng)
         about = self.rng.choice(told) if told and self.rng.random() < 0.25 else None
-        fact = facts.draw_fact(self.rng, self.held_out, about)
+        fact = facts.draw_fact(self.rng, self.held_out, about, self.relations)
         while fact.key in self.truth:
-            fact = facts.draw_fact(self.rng, self.held_out)
+            fact = facts.draw_fact(self.rng, self.held_out, None, self.relations)
         return fact, fact.statement(self.rng)

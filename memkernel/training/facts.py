@@ -5,6 +5,7 @@ is a function of the random generator that is passed in.
 """
 
 import random
+import re
 from dataclasses import dataclass
 
 from memkernel.training import words
@@ -91,10 +92,27 @@ class Fact:
         return self.relation, self.subject
 
 
-def draw_fact(rng: random.Random, held_out: bool, subject_of: Fact | None = None) -> Fact:
-    """A new fact; with `subject_of`, another one about that fact's subject."""
+def read(sentence: str) -> Fact | None:
+    """The fact that a sentence states in one of the shapes above, a correction or not; None for any other sentence."""
+    for prefix in ("", *(correction.removesuffix("{}") for correction in CORRECTIONS)):
+        if not sentence.startswith(prefix):
+            continue
+        rest = sentence.removeprefix(prefix)
+        for name, relation in RELATIONS.items():
+            for statement in relation.statements:
+                pattern = re.escape(statement).replace(r"\{s\}", r"(?P<s>\w+)").replace(r"\{v\}", r"(?P<v>\w+)")
+                pattern = pattern.replace("The", "[Tt]he") if prefix else pattern
+                if found := re.fullmatch(pattern, rest):
+                    return Fact(name, found["s"], found["v"])
+    return None
+
+
+def draw_fact(
+    rng: random.Random, held_out: bool, subject_of: Fact | None = None, relations: tuple[str, ...] = tuple(RELATIONS)
+) -> Fact:
+    """A new fact of one of the relations; with `subject_of`, any other one about that fact's subject."""
     if subject_of is None:
-        relation = rng.choice(tuple(RELATIONS))
+        relation = rng.choice(relations)
         subject = words.draw(RELATIONS[relation].subject, held_out, rng)
     else:
         kind, subject = RELATIONS[subject_of.relation].subject, subject_of.subject

@@ -21,7 +21,16 @@ from torch import Tensor
 from memkernel.config import ModelConfig
 from memkernel.memory_file import write_whole
 from memkernel.training import vocabulary
-from memkernel.training.differentiable import DifferentiableLlama, draw_kept, filled, initial_weights, updated
+from memkernel.training.differentiable import (
+    EMBEDDING,
+    EMBEDDING_LENGTH,
+    DifferentiableLlama,
+    draw_kept,
+    filled,
+    initial_weights,
+    look_back,
+    updated,
+)
 from memkernel.training.episodes import Episode, Plan, make_episode, plan_step
 from memkernel.training.facts import Fact
 
@@ -32,9 +41,9 @@ GEOMETRY = {
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "head_dim": 32,
+    "head_dim": 64,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
+    "rope_theta": 10000.0,
     "tie_word_embeddings": True,
     "num_blocks": 16,
     "num_tokens": 16,
@@ -43,7 +52,11 @@ GEOMETRY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-WARMUP = 100  # steps
+TELLING_APART = 1 / 9  # of the steps: all facts are of one relation, so that only their subjects tell them apart
+SECOND_PEAK = 0.4  # of the first one's learning rate, in the steps after that
+SLOW = 0.3  # of the learning rate, for the embedding and all that is not a matrix
+# What makes the first layer look back stays as it began: see `look_back`.
+LOOKING_BACK = ("model.layers.0.self_attn.", "model.layers.0.input_layernorm.", "bos_embedding")
 LAST_RATE = 0.05  # of the peak learning rate, at the end of the cosine
 CLIP = 1.0
 
@@ -52,12 +65,11 @@ CLIP = 1.0
 class Settings:
     """What a run depends on; a checkpoint of other settings is not resumed."""
 
-    steps: int = 9000
+    steps: int = 4500
     pools: int = 32
     sequences: int = 2  # that read each pool in a step
     items: int = 3  # facts of a sequence
     rate: float = 3e-3
-    decay: float = 0.05
     seed: int = 0
     dtype: str = "bfloat16"  # of the matrix products; all else is float32
     device: str = "cpu"
@@ -78,11 +90,16 @@ class Trainer:
         generator = torch.Generator().manual_seed(settings.seed)
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         weights = initial_weights(self.config, generator)
-        self.weights = {name: w.to(self.device).requires_grad_() for name, w in weights.items()}
-        matrices = [weight for weight in self.weights.values() if weight.ndim == 2]
-        others = [weight for weight in self.weights.values() if weight.ndim != 2]
-        groups = [{"params": matrices, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
+        codes, common, by_kind = vocabulary.word_codes(self.config.hidden_size, generator)
+        weights[EMBEDDING] = EMBEDDING_LENGTH * codes
+        look_back(self.config, weights, common, by_kind, generator)
+        self.weights = {name: w.to(self.device) for name, w in weights.items()}
+        self.trained = {n: w.requires_grad_() for n, w in self.weights.items() if not n.startswith(LOOKING_BACK)}
+        # Words are random codes, never trained, so that one that training has not seen is like those that it has.
+        self.words_begin = len(vocabulary.grammar())
+        fast = [w for n, w in self.trained.items() if w.ndim == 2 and n != EMBEDDING]
+        slow = [w for n, w in self.trained.items() if w.ndim != 2 or n == EMBEDDING]
+        self.optimizer = torch.optim.AdamW([{"params": fast}, {"params": slow}], betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.pool = 0, None
         self.told: list[list[tuple[int, Fact]]] = [[] for _ in range(settings.pools)]  # see `Episode`
 
@@ -93,26 +110,35 @@ class Trainer:
         settings = self.settings
         rng = random.Random(f"{settings.seed} {self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        plan = plan_step(self.step / settings.steps, self.config.write_rows, self.config.memory_rows, rng)
+        plan = plan_step(self._progress(), self.config.write_rows, self.config.memory_rows, rng)
         if self.pool is None and not plan.first:
             plan = replace(plan, first=True)
         sizes = settings.sequences, settings.items
         episode = make_episode(plan, self.told, *sizes, self.tokenizer, rng, held_out=False)
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.rate * self._schedule()
+        for group, share in zip(self.optimizer.param_groups, (1.0, SLOW), strict=True):
+            group["lr"] = settings.rate * share * self._schedule()
         loss, recall, self.pool = self.run(plan, episode, self.pool, generator)
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP)
+        self.weights[EMBEDDING].grad[self.words_begin :] = 0
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
         self.optimizer.step()
         self.told = episode.told
         self.step += 1
         return {"loss": loss.item(), "recall": recall}
 
+    def _progress(self) -> float:
+        """How far the curriculum is, from 0 to 1; negative in the steps before it, when facts are told apart."""
+        before = round(TELLING_APART * self.settings.steps)
+        return (self.step - before) / (before if self.step < before else self.settings.steps - before)
+
     def _schedule(self) -> float:
-        warm = min(1.0, (self.step + 1) / WARMUP)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * self.step / self.settings.steps)
-        return warm * (LAST_RATE + (1 - LAST_RATE) * cosine)
+        """Share of the peak learning rate: a cosine before the curriculum, and a lower one with it."""
+        progress = self._progress()
+        before = round(TELLING_APART * self.settings.steps)
+        peak, warmup, at = (1.0, 100, self.step) if progress < 0 else (SECOND_PEAK, 200, self.step - before)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * (progress % 1))
+        return peak * min(1.0, (at + 1) / warmup) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
     def run(
         self, plan: Plan, episode: Episode, pool: Tensor | None, generator: torch.Generator
@@ -131,8 +157,10 @@ class Trainer:
                 kept = draw_kept(pool, delta.shape[2], generator, self.config.drop_per_layer)
                 pool = updated(pool, delta, kept)
         seen = min(plan.blocks * self.config.write_rows, self.config.memory_rows)
-        logits = model.read(episode.read.to(self.device), alone if plan.alone else pool[:, :, -seen:])
-        loss, recall = score(logits, episode)
+        read, scored = episode.read.to(self.device), episode.scored.to(self.device)
+        wanted = F.pad(scored[:, 1:], (0, 1))  # whose next token is scored
+        logits = model.read(read, alone if plan.alone else pool[:, :, -seen:], wanted)
+        loss, recall = score(logits, read[scored], episode.answer.to(self.device)[scored])
         return loss, recall, pool.detach()
 
     # -- held-out recall ----------------------------------------------------------------------------------------------
@@ -178,31 +206,33 @@ class Trainer:
         return True
 
     def export(self) -> None:
-        """Write the checkpoint, with the first of the pools as its memory."""
-        write_checkpoint(self.folder, self.raw, self.weights, None if self.pool is None else self.pool[:, 0])
+        """Write the checkpoint in float16, with the first of the pools as its memory."""
+        memory = None if self.pool is None else self.pool[:, 0]
+        write_checkpoint(self.folder, self.raw, self.weights, memory, torch.float16)
 
 
-def write_checkpoint(folder: Path, raw: dict, weights: dict[str, Tensor], memory: Tensor | None) -> None:
-    """Write config.json and model.safetensors (float32) in the published layout; memory [L, M, E] or None, empty."""
+def write_checkpoint(
+    folder: Path, raw: dict, weights: dict[str, Tensor], memory: Tensor | None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write config.json and model.safetensors in the published layout; memory [L, M, E] or None, empty."""
     config = ModelConfig.from_dict(raw)
-    tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in weights.items()}
+    tensors = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in weights.items()}
     nothing = torch.zeros(config.num_layers, config.memory_rows, config.hidden_size)
-    tensors["memory"] = nothing if memory is None else memory.float().cpu().contiguous()
+    tensors["memory"] = (nothing if memory is None else memory).to("cpu", dtype).contiguous()
     tensors["initialized"] = torch.tensor(int(memory is not None), dtype=torch.uint8)
     (folder / "config.json").write_text(json.dumps(raw, indent=1) + "\n")
     write_whole(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
-def score(logits: Tensor, episode: Episode) -> tuple[Tensor, float]:
-    """Weighted next-token cross-entropy, and the share of answers whose tokens are all the likeliest: those that greedy
-    decoding gives."""
-    target, answer, weight = (t.to(logits.device)[:, 1:] for t in (episode.read, episode.answer, episode.weight))
-    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="none")
-    loss = (each * weight.flatten()).sum() / weight.sum()
-    wrong = (logits[:, :-1].argmax(-1) != target)[answer >= 0]
+def score(logits: Tensor, target: Tensor, answer: Tensor) -> tuple[Tensor, float]:
+    """Cross-entropy, and the share of answers whose tokens are all the likeliest: those that greedy decoding gives.
+
+    Args: logits [n, V] float32; target [n] int64; answer [n], the number of the answer that a target is of, or -1.
+    """
+    wrong = (logits.argmax(-1) != target)[answer >= 0]
     counts = torch.zeros(int(answer.max()) + 1, device=logits.device)
     counts.index_add_(0, answer[answer >= 0], wrong.float())
-    return loss, (counts == 0).float().mean().item()
+    return F.cross_entropy(logits, target), (counts == 0).float().mean().item()
 
 
 def train(trainer: Trainer, say: Callable[[str], None], every: int = 200, save_every: int = 200) -> None:

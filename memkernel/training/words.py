@@ -1,21 +1,24 @@
-"""Names and nouns without end, a fixed fifth of them never used in training.
+"""Names and nouns, a fixed fifth of them never used in training.
 
-Invented words are strings of syllables, most of them plain, so that every word, held out or not, is spelled from the
-same pieces; the others, and real words, have spellings that the pieces do not fit. Whether a word is held out is a hash
-of it: there are no lists to keep.
+Most are real words, each a token of its own; the others are invented, and spelled from syllables and letters. Whether a
+word is held out is a hash of it.
 """
 
 import random
 import zlib
+from functools import cache
+from pathlib import Path
 
 HELD_OUT_OF = 5  # one word of so many is held out
 
+INVENTED_SHARE = 0.05
 ONSETS = tuple("bdfghjklmnprstvwz")
 VOWELS = tuple("aeiou")
-ENDINGS = ("", "", "", "", "", "", "n", "r", "s")
-SYLLABLES = (2, 2, 2, 3)  # of an invented word
-REAL_SHARE = 0.15
-UNEVEN_SHARE = 0.3  # of the invented words: their syllables may begin, sound and end in any of these
+ENDINGS = ("", *"dklmnrst")  # of a syllable
+SYLLABLES = (1, 2, 2, 2, 3)  # of an invented word
+LONGER_SHARE = 0.3  # of the invented words: a real one and an ending
+LONGER_ENDINGS = ("s", "s", "s", *"aeiouy", "er", "en", "ton", "land", "ing", "man", "ine", "ette", "ville", "berg")
+UNEVEN_SHARE = 0.2  # of the invented words: their syllables may begin, sound and end in any of these
 UNEVEN_ONSETS = """b c d f g h j k l m n p q r s t v w x y z
     bl br ch cl cr dr fl fr gl gr kn ph pl pr qu sh sl sp st th tr wh"""
 UNEVEN_ONSETS = ("", *UNEVEN_ONSETS.split())
@@ -26,16 +29,8 @@ CODAS = """b c d f g k l m n p r s t x y z
     ck ll nd ng nn nt rd rg rn rt sh ss st th tt"""
 CODAS = (*[""] * 24, *CODAS.split())
 
-REAL = {
-    "person": """Adam Alice Amir Anna Anton Ben Bruno Carl Carmen Clara Daniel David Dora Edgar Elena Emma Eric Eva
-        Felix Fiona Frank Gina Grace Greta Hanna Hector Helen Henry Hugo Ida Igor Irene Isabel Ivan Jack
-        James Jane Jonas Julia Karen Karl Kate Laura Leo Lena Linda Lisa Lucas Lucy Maria Mark Martin Mary
-        Max Mia Michael Mina Nadia Nina Noah Nora Olga Oliver Omar Oscar Paul Peter Petra Rita Robert Rosa
-        Sam Sara Simon Sofia Stella Thomas Tim Tina Tom Vera Victor Viola Walter""",
-    "place": """Athens Bergen Berlin Bern Boston Cairo Dakar Delhi Denver Dublin Geneva Genoa Hanoi Havana
-        Helsinki Kyoto Lagos Lima Lisbon London Lyon Madrid Malta Milan Moscow Munich Nairobi Naples Oslo
-        Oxford Paris Perth Porto Prague Quito Riga Rome Seoul Sofia Sydney Tampa Texas Tokyo Tunis Turin
-        Venice Vienna Warsaw Zagreb Zurich""",
+FITTING_SHARE = 0.5  # of the real words of a kind that has its own list here; the others are any nouns
+FITTING = {
     "job": """actor artist baker barber butcher carpenter chemist clerk cook dancer dentist doctor driver farmer
         fisherman gardener hunter judge lawyer mason miner nurse painter pilot plumber poet potter sailor
         singer soldier tailor teacher waiter weaver writer""",
@@ -53,8 +48,15 @@ REAL = {
         leather linen marble nickel paper pewter plastic rubber silk silver steel stone straw tin wax wood
         wool zinc""",
 }
-REAL = {kind: tuple(words.split()) for kind, words in REAL.items()}
+FITTING = {kind: tuple(words.split()) for kind, words in FITTING.items()}
 CAPITALISED = ("person", "place")
+
+
+@cache
+def listed(name: str) -> tuple[str, ...]:
+    """The words of a list: "person", "place" or "noun"."""
+    lines = (Path(__file__).parent / "lists" / f"{name}.txt").read_text().splitlines()
+    return tuple(word for line in lines if not line.startswith("#") for word in line.split())
 
 
 def is_held_out(word: str) -> bool:
@@ -62,17 +64,26 @@ def is_held_out(word: str) -> bool:
     return zlib.crc32(word.lower().encode()) % HELD_OUT_OF == 0
 
 
-def draw(kind: str, held_out: bool, rng: random.Random) -> str:
-    """A word of a kind, real or invented, of the training words or of those held out."""
+def draw(kind: str, held_out: bool, rng: random.Random, invented: float = INVENTED_SHARE) -> str:
+    """A word of a kind, of the training words or of those held out."""
     while True:
-        word = rng.choice(REAL[kind]) if rng.random() < REAL_SHARE else invent(rng)
+        if rng.random() < invented:
+            word = invent(kind, rng)
+        elif kind in CAPITALISED:
+            word = rng.choice(listed(kind))
+        else:
+            word = rng.choice(FITTING[kind] if rng.random() < FITTING_SHARE else listed("noun"))
         if is_held_out(word) == held_out:
-            return word.capitalize() if kind in CAPITALISED else word
+            return word
 
 
-def invent(rng: random.Random) -> str:
-    """A word of two or three syllables, lower case."""
-    count = rng.choice(SYLLABLES)
+def invent(kind: str, rng: random.Random) -> str:
+    """A word of one to three syllables, or a listed one with an ending."""
+    upper = kind in CAPITALISED
+    if rng.random() < LONGER_SHARE:
+        return rng.choice(listed(kind if upper else "noun")) + rng.choice(LONGER_ENDINGS)
+    parts = (ONSETS, VOWELS, ENDINGS)
     if rng.random() < UNEVEN_SHARE:
-        return "".join(rng.choice(part) for _ in range(count) for part in (UNEVEN_ONSETS, UNEVEN_VOWELS, CODAS))
-    return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(count)) + rng.choice(ENDINGS)
+        parts = (UNEVEN_ONSETS, UNEVEN_VOWELS, CODAS)
+    word = "".join(rng.choice(part) for _ in range(rng.choice(SYLLABLES)) for part in parts)
+    return word.capitalize() if upper else word
