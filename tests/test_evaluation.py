@@ -107,7 +107,9 @@ def test_published_answers_are_looked_for_inside():
 
 def test_generated_cases_fit_and_can_be_answered_from_their_texts():
     made = cases.generated(20, 40, lambda text: len(text.split()), seed=3)
-    assert [case.kind for case in made] == ["facts"] * 20 + ["same subject"] * 20 + ["corrected"] * 20
+    assert [case.kind for case in made] == [
+        kind for kind in ("facts", "same subject", "same relation", "corrected") for _ in range(20)
+    ]
     for case in made:
         assert all(len(text.split()) <= 40 for text in case.texts)
         for question in case.questions:
@@ -286,7 +288,7 @@ def test_the_commands_write_json_and_plots(checkpoint, tmp_path, capsys):
     common = ["--dtype", "float32", "--device", "cpu", "--cases", "2", "--json", "--out", str(tmp_path)]
     assert cli.main(["eval", "retention", str(checkpoint), "--later", "1", "3", "--plot", *common]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [point["t"] for point in facts["curve"]] == [0, 1, 3] and facts["cases"] == 6
+    assert [point["t"] for point in facts["curve"]] == [0, 1, 3] and facts["cases"] == 8
     assert json.loads((tmp_path / "retention.json").read_text()) == facts
     assert cli.main(["eval", "integrity", str(checkpoint), "--updates", "3", "--plot", *common]) == 0
     assert json.loads(capsys.readouterr().out)["probes"][-1]["updates"] == 3

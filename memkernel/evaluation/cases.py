@@ -29,6 +29,8 @@ class Case:
     kind: str = "facts"
 
 
+NO_ROOM = "longest: expected room for two facts, got {} tokens, which this tokenizer fills sooner"
+
 # -- generated --------------------------------------------------------------------------------------------------------
 
 
@@ -51,6 +53,18 @@ def several_facts(longest: int, count: Callable[[str], int], rng: random.Random)
     return Case((text,), tuple(Question(fact.question(rng), (fact.value,)) for fact in told))
 
 
+def same_relation(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
+    """One update of facts of one relation, as many as it holds, which only their subjects tell apart."""
+    relation = rng.choice(facts.ALL)
+    drawn = facts.draw_facts(rng, 64, True, same_subject=0, relations=(relation,))
+    text, told = fitting(drawn, longest, count, rng)
+    if len(told) < 2:
+        raise ValueError(
+            f"longest: expected room for two facts, got {longest} tokens, which this tokenizer fills sooner"
+        )
+    return Case((text,), tuple(Question(fact.question(rng), (fact.value,)) for fact in told), "same relation")
+
+
 def same_subject(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
     """One update with two facts about one subject, which must not be mixed up."""
     for _ in range(1000):
@@ -59,7 +73,7 @@ def same_subject(longest: int, count: Callable[[str], int], rng: random.Random) 
         if len(told) == 2:
             questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in told)
             return Case((text,), questions, "same subject")
-    raise ValueError(f"longest: expected room for two facts, got {longest} tokens, which this tokenizer fills sooner")
+    raise ValueError(NO_ROOM.format(longest))
 
 
 def corrected(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
@@ -78,7 +92,11 @@ def corrected(longest: int, count: Callable[[str], int], rng: random.Random) -> 
 def generated(each: int, longest: int, count: Callable[[str], int], seed: int = 0) -> list[Case]:
     """`each` cases of every kind, of words that training never used. `count` gives a text's tokens."""
     rng = random.Random(f"cases {seed}")
-    return [make(longest, count, rng) for make in (several_facts, same_subject, corrected) for _ in range(each)]
+    return [
+        make(longest, count, rng)
+        for make in (several_facts, same_subject, same_relation, corrected)
+        for _ in range(each)
+    ]
 
 
 def unrelated(longest: int, count: Callable[[str], int], seed: int = 0, begin: int = 0) -> Iterator[str]:

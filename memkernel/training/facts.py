@@ -57,6 +57,7 @@ RELATIONS = {
         ("What are the {s} made of?", "What did someone make the {s} from?")),
 }
 # fmt: on
+ALL = tuple(RELATIONS)
 CORRECTIONS = ("Now {}", "In fact, {}")
 SIDE = (
     "It was a {a} day and nobody in town spoke about it.",
@@ -108,7 +109,7 @@ def read(sentence: str) -> Fact | None:
 
 
 def draw_fact(
-    rng: random.Random, held_out: bool, subject_of: Fact | None = None, relations: tuple[str, ...] = tuple(RELATIONS)
+    rng: random.Random, held_out: bool, subject_of: Fact | None = None, relations: tuple[str, ...] = ALL
 ) -> Fact:
     """A new fact of one of the relations; with `subject_of`, any other one about that fact's subject."""
     if subject_of is None:
@@ -121,12 +122,15 @@ def draw_fact(
     return Fact(relation, subject, words.draw(RELATIONS[relation].value, held_out, rng))
 
 
-def draw_facts(rng: random.Random, count: int, held_out: bool, same_subject: float = 0.2) -> list[Fact]:
-    """`count` facts of different keys; each is with probability `same_subject` about the subject of one before."""
+def draw_facts(
+    rng: random.Random, count: int, held_out: bool, same_subject: float = 0.2, relations: tuple[str, ...] = ALL
+) -> list[Fact]:
+    """`count` facts of different keys; each is with probability `same_subject` about the subject of one before, and of
+    any relation, otherwise of one of `relations`."""
     facts: dict[tuple[str, str], Fact] = {}
     while len(facts) < count:
         about = rng.choice(tuple(facts.values())) if facts and rng.random() < same_subject else None
-        fact = draw_fact(rng, held_out, about)
+        fact = draw_fact(rng, held_out, about, relations)
         facts.setdefault(fact.key, fact)
     return list(facts.values())
 
