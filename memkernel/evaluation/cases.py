@@ -59,9 +59,7 @@ def same_relation(longest: int, count: Callable[[str], int], rng: random.Random)
     drawn = facts.draw_facts(rng, 64, True, same_subject=0, relations=(relation,))
     text, told = fitting(drawn, longest, count, rng)
     if len(told) < 2:
-        raise ValueError(
-            f"longest: expected room for two facts, got {longest} tokens, which this tokenizer fills sooner"
-        )
+        raise ValueError(NO_ROOM.format(longest))
     return Case((text,), tuple(Question(fact.question(rng), (fact.value,)) for fact in told), "same relation")
 
 
