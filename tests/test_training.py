@@ -201,8 +201,8 @@ def test_words_that_noted_the_same_word_are_found(tmp_path, monkeypatch):
         encode = trainer.tokenizer.encode
         recent = torch.randn(4, 1, 16, 128, generator=torch.Generator().manual_seed(0))
         for i in range(20):
-            one, other = (words.draw("person", False, rng, invented=0) for _ in range(2))
-            towns = [words.draw("place", False, rng, invented=0) for _ in range(2)]
+            one, other = (rng.choice(words.listed("person")) for _ in range(2))
+            towns = [rng.choice(words.listed("place")) for _ in range(2)]
             told = f"Side. After the rain the long garden {one} lives in {towns[0]}. {other} lives in {towns[1]}."
             with torch.no_grad():
                 rows = model.inject(torch.tensor([encode(told).ids]), recent)

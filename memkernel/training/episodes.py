@@ -114,9 +114,7 @@ class Story:
     def __init__(self, plan: Plan, earlier: list[tuple[int, Fact]], tokenizer, rng: random.Random, held_out: bool):
         self.plan, self.tokenizer, self.rng, self.held_out = plan, tokenizer, rng, held_out
         # Facts of few relations, which only their subjects tell apart.
-        self.relations = tuple(
-            rng.sample(tuple(facts.RELATIONS), 1 if plan.one_relation else rng.choice(RELATIONS_TOLD))
-        )
+        self.relations = tuple(rng.sample(facts.ALL, 1 if plan.one_relation else rng.choice(RELATIONS_TOLD)))
         self.truth: dict[tuple[str, str], tuple[int, Fact]] = {}  # by key: the update that said so last, and the fact
         self.chunks = [self._chunk(update) for update in range(plan.updates)]
         # Of updates before this episode: negative numbers.

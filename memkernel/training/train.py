@@ -100,6 +100,7 @@ class Trainer:
         fast = [w for n, w in self.trained.items() if w.ndim == 2 and n != EMBEDDING]
         slow = [w for n, w in self.trained.items() if w.ndim != 2 or n == EMBEDDING]
         self.optimizer = torch.optim.AdamW([{"params": fast}, {"params": slow}], betas=(0.9, 0.98), weight_decay=0.0)
+        self.before = round(TELLING_APART * settings.steps)  # steps before the curriculum, when facts are told apart
         self.step, self.pool = 0, None
         self.told: list[list[tuple[int, Fact]]] = [[] for _ in range(settings.pools)]  # see `Episode`
 
@@ -128,15 +129,14 @@ class Trainer:
         return {"loss": loss.item(), "recall": recall}
 
     def _progress(self) -> float:
-        """How far the curriculum is, from 0 to 1; negative in the steps before it, when facts are told apart."""
-        before = round(TELLING_APART * self.settings.steps)
-        return (self.step - before) / (before if self.step < before else self.settings.steps - before)
+        """How far the curriculum is, from 0 to 1; negative in the steps before it."""
+        at = self.step - self.before
+        return at / (self.before if at < 0 else self.settings.steps - self.before)
 
     def _schedule(self) -> float:
         """Share of the peak learning rate: a cosine before the curriculum, and a lower one with it."""
-        progress = self._progress()
-        before = round(TELLING_APART * self.settings.steps)
-        peak, warmup, at = (1.0, 100, self.step) if progress < 0 else (SECOND_PEAK, 200, self.step - before)
+        progress, at = self._progress(), self.step - self.before
+        peak, warmup, at = (1.0, 100, self.step) if at < 0 else (SECOND_PEAK, 200, at)
         cosine = 0.5 + 0.5 * math.cos(math.pi * (progress % 1))
         return peak * min(1.0, (at + 1) / warmup) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 

@@ -1,8 +1,8 @@
-"""The tokenizer of generated English: the grammars' own words whole, every other word by syllables and letters.
+"""The tokenizer of generated English: words of the grammars and the lists whole, every other by syllables and letters.
 
-A word is split greedily into the longest pieces from the left ("Vilora" -> Vi ##lo ##ra, "Jennifer" -> Je ##n ##ni ##fe
-##r), so that a name which nobody has seen is spelled from pieces that training has. Accents are dropped; a word with a
-letter that is not ASCII becomes <unk>.
+Such a word is split greedily into the longest pieces from the left ("Vilora" -> Vil ##o ##ra, "Zanthor" -> Zan ##t
+##hor), which training has seen in other words. Accents are dropped; a word with a letter that is not ASCII becomes
+<unk>.
 """
 
 import re
@@ -55,11 +55,12 @@ def word_codes(width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     Returns: codes [pieces, width] float32; common [width], a unit vector in all of them; by_kind [kinds, width], one in
     those of each of `kinds`.
     """
-    kind_of = {piece: i for i, kind in reversed(list(enumerate(kinds().values()))) for piece in kind}
-    codes = torch.randn(len(pieces()), width, generator=generator) * width**-0.5
+    vocabulary, by_name = pieces(), kinds()
+    kind_of = {piece: i for i, kind in reversed(list(enumerate(by_name.values()))) for piece in kind}
+    codes = torch.randn(len(vocabulary), width, generator=generator) * width**-0.5
     common = F.normalize(torch.randn(width, generator=generator), dim=0)
-    by_kind = F.normalize(torch.randn(len(kinds()), width, generator=generator), dim=1)
-    for i, piece in enumerate(pieces()):
+    by_kind = F.normalize(torch.randn(len(by_name), width, generator=generator), dim=1)
+    for i, piece in enumerate(vocabulary):
         if piece in kind_of:
             codes[i] = OWN_SHARE**0.5 * codes[i] + KIND_SHARE**0.5 * by_kind[kind_of[piece]]
         else:

@@ -64,10 +64,10 @@ def is_held_out(word: str) -> bool:
     return zlib.crc32(word.lower().encode()) % HELD_OUT_OF == 0
 
 
-def draw(kind: str, held_out: bool, rng: random.Random, invented: float = INVENTED_SHARE) -> str:
+def draw(kind: str, held_out: bool, rng: random.Random) -> str:
     """A word of a kind, of the training words or of those held out."""
     while True:
-        if rng.random() < invented:
+        if rng.random() < INVENTED_SHARE:
             word = invent(kind, rng)
         elif kind in CAPITALISED:
             word = rng.choice(listed(kind))
