@@ -15,84 +15,26 @@ from memkernel.weights import expected_shapes
 STATE = ("memory", "initialized")  # tensors of a checkpoint that are not trained
 EMBEDDING = "model.embed_tokens.weight"
 EMBEDDING_LENGTH = 8.0
-LOOK_BACK = (3, 4)  # tokens
-NEAR = (0.25, 0.9)  # radians a token, of the rotary pairs that tell one to six tokens apart
-STILL = 0.004  # below it a pair hardly turns over a whole pool
-NOTED = 2.5  # of what the first layer notes, beside what other heads pass on
-SAME, WORDS = 1.6, 2.5  # how far heads of later layers ask for the word that was noted, and for words at all
+ADDS = ("o_proj.weight", "down_proj.weight")  # whose outputs are added to the hidden states
 
 
 def initial_weights(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """Random float32 parameters under the names of a checkpoint.
 
-    Queries begin as keys and outputs as transposed values: every head looks for what resembles its query and passes on
-    what it finds, which is half of what copying from memory takes, and saves most of the time until it is learnt.
-    Embeddings are large beside what a layer adds, so that a row still shows its token in the last layer.
+    What layers add is small at first beside embeddings, which are large, so that a row still shows its token in the
+    last layer.
     """
     weights = {}
     for name, shape in expected_shapes(config).items():
         if name in STATE:
             continue
         weight = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        if name in ("bos_embedding", "new_memory_positional_emb"):  # added to every row: small beside a token
+        if name.endswith(ADDS) or name in ("bos_embedding", "new_memory_positional_emb"):
             weight *= 0.1
         weights[name] = torch.ones(shape) if "norm" in name else weight
-    repeats = config.num_heads // config.num_kv_heads
-    for i in range(config.num_layers):
-        query, key, value, out = (f"model.layers.{i}.self_attn.{part}_proj.weight" for part in "qkvo")
-        by_head = [weights[n].unflatten(0, (-1, config.head_size)).repeat_interleave(repeats, 0) for n in (key, value)]
-        weights[query] = 0.8 * by_head[0].flatten(0, 1) + 0.6 * weights[query]
-        weights[out] = (0.8 * by_head[1].flatten(0, 1).T + 0.6 * weights[out]) * config.num_layers**-0.5
-        weights[f"model.layers.{i}.mlp.down_proj.weight"] *= (2 * config.num_layers) ** -0.5
     weights[EMBEDDING] *= EMBEDDING_LENGTH
     weights["model.norm.weight"] /= EMBEDDING_LENGTH
     return weights
-
-
-def look_back(
-    config: ModelConfig, weights: dict[str, Tensor], common: Tensor, by_kind: Tensor, generator: torch.Generator
-) -> None:
-    """Let half of the heads begin as parts of the path from a question's subject to the value that was told of it.
-
-    First layer: they look at the word some tokens ago and note it, turned, so that the row of "Oslo" in "Anna lives in
-    Oslo." and the end of the question "Where does Anna live?" both hold Anna in the same directions, which are not
-    those of their own codes. Later layers: they look at words that noted what the query noted, wherever they stand.
-
-    Without it heads learn to find any town, or any in which someone lives, and thousands of steps go by in which a
-    subject makes no difference.
-
-    Args: weights as of `initial_weights`, changed in place; common [E] and by_kind [kinds, E] of `word_codes`.
-    """
-    D, E, repeats = config.head_size, config.hidden_size, config.num_heads // config.num_kv_heads
-    frequency, half = config.rope.frequencies(D), (config.num_kv_heads + 1) // 2
-    turn = torch.linalg.qr(torch.randn(E, E, generator=generator))[0]
-    word = by_kind.sum(0)
-
-    query, key, out = (weights[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qko")
-    near = ((frequency >= NEAR[0]) & (frequency <= NEAR[1])).float()
-    here = F.normalize(torch.cat([near, 0 * near]), dim=0)
-    for g in range(half):
-        rows = slice(g * D, (g + 1) * D)
-        key[rows] = 0.3 * key[rows] + 1.5 * torch.outer(here, word)
-        for r in range(repeats):
-            # The score of a key d tokens ago is largest where d is `back`.
-            back = LOOK_BACK[(g * repeats + r) % len(LOOK_BACK)] * frequency
-            ago = F.normalize(torch.cat([near * back.cos(), -(near * back.sin())]), dim=0)
-            rows = slice((g * repeats + r) * D, (g * repeats + r + 1) * D)
-            query[rows] = 0.3 * query[rows] + 1.5 * torch.outer(ago, common)
-            out[:, rows] = NOTED * turn @ out[:, rows]
-
-    still = (frequency < STILL).nonzero().flatten()
-    still = torch.cat([still, still + D // 2])
-    for i in range(1, config.num_layers):
-        query, key = (weights[f"model.layers.{i}.self_attn.{part}_proj.weight"] for part in "qk")
-        for g in range(half):
-            some = torch.linalg.qr(torch.randn(E, len(still) - 1, generator=generator))[0].T
-            asked, found = torch.zeros(2, D, E)
-            asked[still[0]], found[still[0]] = WORDS * common, WORDS * word
-            asked[still[1:]] = found[still[1:]] = SAME * some @ turn.T
-            key[g * D : (g + 1) * D] = found
-            query[g * repeats * D : (g + 1) * repeats * D] = asked.repeat(repeats, 1)
 
 
 class DifferentiableLlama:

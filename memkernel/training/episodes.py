@@ -21,6 +21,7 @@ SCORED_OF_TOLD = 0.5  # of the tokens of facts that are told again
 ASKED = 0.6  # of the facts that are read after the first; the others are told again
 EARLIER = 0.3  # of the facts that are read after the first, from the updates of earlier steps
 LONGEST_AGO = 16  # updates that a fact of an earlier step is asked about
+MOST_FACTS = 6  # of an update, as far as there is room
 RELATIONS_TOLD = (1, 1, 1, 2, 4)  # of which one is drawn: how many relations the facts of an episode have
 CORRECTED = 0.1  # of the facts, by a later one
 ABOUT_GRADED = 0.5  # of the questions of an episode of several updates
@@ -30,17 +31,15 @@ FIRST_FILL = 0.04  # of the episodes begin with empty pools
 @dataclass(frozen=True)
 class Plan:
     """An episode's shape. updates: how many; graded: the one with gradient; alone: only its rows are read; first: the
-    pools are empty before; chunk: tokens of an update; most_facts: in an update; blocks: how many updates' rows, the
-    newest of the pool, are read, unless alone. one_relation: of all facts."""
+    pools are empty before; chunk: tokens of an update; blocks: how many updates' rows, the newest of the pool, are
+    read, unless alone."""
 
     updates: int
     graded: int
     alone: bool
     first: bool
     chunk: int
-    most_facts: int
     blocks: int
-    one_relation: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,18 @@ class Episode:
 
 
 def plan_step(progress: float, write_rows: int, memory_rows: int, rng: random.Random) -> Plan:
-    """The curriculum at `progress` from 0 to 1: few facts read from the new rows alone, then more and ever more of the
-    newest rows and the tasks that need them, until the whole pool is read. Before it, up to 0, the few facts are of one
-    relation: a model that may find them by relation does not learn to find them by subject."""
-    if progress <= 0:
-        return Plan(1, 0, True, False, write_rows + write_rows // 4, 3, 1, one_relation=True)
-    longer = min(progress / 0.2, 1)
-    most_facts = 3 + int(longer * 3)
-    chunk = rng.randint(max(16, write_rows), int((1.25 + 0.75 * longer) * write_rows))
-    whole = min(progress / 0.4, 1)  # how far the tasks are those of the full recipe
+    """The curriculum at `progress` from 0 to 1: updates whose new rows alone are read, then more and ever more of the
+    newest rows and the tasks that need them, until the whole pool is read."""
+    chunk = rng.randint(write_rows, 2 * write_rows)
+    whole = min(progress / 0.3, 1)  # how far the tasks are those of the full recipe
     blocks = (memory_rows / write_rows) ** whole
     first = rng.random() < FIRST_FILL
     if rng.random() < min(0.5, whole):
         updates = 1 + int(2 ** rng.uniform(0, math.log2(blocks)))
         seen = math.ceil(max(blocks, updates))
-        return Plan(updates, rng.choice((0, updates - 1)), False, first, chunk, most_facts, seen)
+        return Plan(updates, rng.choice((0, updates - 1)), False, first, chunk, seen)
     alone = rng.random() >= 0.5 * whole
-    return Plan(1, 0, alone, first, chunk, most_facts, math.ceil(blocks))
+    return Plan(1, 0, alone, first, chunk, math.ceil(blocks))
 
 
 def make_episode(
@@ -114,7 +108,7 @@ class Story:
     def __init__(self, plan: Plan, earlier: list[tuple[int, Fact]], tokenizer, rng: random.Random, held_out: bool):
         self.plan, self.tokenizer, self.rng, self.held_out = plan, tokenizer, rng, held_out
         # Facts of few relations, which only their subjects tell apart.
-        self.relations = tuple(rng.sample(facts.ALL, 1 if plan.one_relation else rng.choice(RELATIONS_TOLD)))
+        self.relations = tuple(rng.sample(facts.ALL, rng.choice(RELATIONS_TOLD)))
         self.truth: dict[tuple[str, str], tuple[int, Fact]] = {}  # by key: the update that said so last, and the fact
         self.chunks = [self._chunk(update) for update in range(plan.updates)]
         # Of updates before this episode: negative numbers.
@@ -155,7 +149,7 @@ class Story:
     def _chunk(self, update: int) -> list[int]:
         """Exactly plan.chunk tokens: as many facts as there is room for, before them the end of a side text."""
         room, sentences = self.plan.chunk, []
-        for _ in range(self.rng.randint(1, self.plan.most_facts)):
+        for _ in range(self.rng.randint(1, MOST_FACTS)):
             fact, sentence = self._sentence()
             ids = self.tokenizer.encode(sentence).ids
             if len(ids) > room:

@@ -28,22 +28,22 @@ from memkernel.training.differentiable import (
     draw_kept,
     filled,
     initial_weights,
-    look_back,
     updated,
 )
 from memkernel.training.episodes import Episode, Plan, make_episode, plan_step
 from memkernel.training.facts import Fact
+from memkernel.training.structure import PARTS, give_structure
 
 GEOMETRY = {
     "model_type": "llama",  # as the published 8B checkpoints say
-    "hidden_size": 128,
+    "hidden_size": 192,
     "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 64,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
+    "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
     "num_blocks": 16,
     "num_tokens": 16,
@@ -52,11 +52,8 @@ GEOMETRY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TELLING_APART = 1 / 9  # of the steps: all facts are of one relation, so that only their subjects tell them apart
-SECOND_PEAK = 0.4  # of the first one's learning rate, in the steps after that
+WARMUP = 50  # steps
 SLOW = 0.3  # of the learning rate, for the embedding and all that is not a matrix
-# What makes the first layer look back stays as it began: see `look_back`.
-LOOKING_BACK = ("model.layers.0.self_attn.", "model.layers.0.input_layernorm.", "bos_embedding")
 LAST_RATE = 0.05  # of the peak learning rate, at the end of the cosine
 CLIP = 1.0
 
@@ -65,11 +62,11 @@ CLIP = 1.0
 class Settings:
     """What a run depends on; a checkpoint of other settings is not resumed."""
 
-    steps: int = 4500
+    steps: int = 6000
     pools: int = 32
     sequences: int = 2  # that read each pool in a step
     items: int = 3  # facts of a sequence
-    rate: float = 3e-3
+    rate: float = 1.5e-3
     seed: int = 0
     dtype: str = "bfloat16"  # of the matrix products; all else is float32
     device: str = "cpu"
@@ -90,17 +87,17 @@ class Trainer:
         generator = torch.Generator().manual_seed(settings.seed)
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         weights = initial_weights(self.config, generator)
-        codes, common, by_kind = vocabulary.word_codes(self.config.hidden_size, generator)
-        weights[EMBEDDING] = EMBEDDING_LENGTH * codes
-        look_back(self.config, weights, common, by_kind, generator)
-        self.weights = {name: w.to(self.device) for name, w in weights.items()}
-        self.trained = {n: w.requires_grad_() for n, w in self.weights.items() if not n.startswith(LOOKING_BACK)}
         # Words are random codes, never trained, so that one that training has not seen is like those that it has.
-        self.words_begin = len(vocabulary.grammar())
-        fast = [w for n, w in self.trained.items() if w.ndim == 2 and n != EMBEDDING]
-        slow = [w for n, w in self.trained.items() if w.ndim != 2 or n == EMBEDDING]
+        codes = vocabulary.word_codes(self.config.hidden_size // PARTS, generator)
+        weights[EMBEDDING] = EMBEDDING_LENGTH * F.pad(codes, (0, self.config.hidden_size - codes.shape[1]))
+        fixed = give_structure(self.config, weights, generator)
+        fixed[EMBEDDING] = torch.zeros_like(weights[EMBEDDING], dtype=torch.bool)
+        fixed[EMBEDDING][len(vocabulary.grammar()) :] = True
+        self.fixed = {name: mask.to(self.device) for name, mask in fixed.items()}
+        self.weights = {name: w.to(self.device).requires_grad_() for name, w in weights.items()}
+        fast = [w for n, w in self.weights.items() if w.ndim == 2 and n != EMBEDDING]
+        slow = [w for n, w in self.weights.items() if w.ndim != 2 or n == EMBEDDING]
         self.optimizer = torch.optim.AdamW([{"params": fast}, {"params": slow}], betas=(0.9, 0.98), weight_decay=0.0)
-        self.before = round(TELLING_APART * settings.steps)  # steps before the curriculum, when facts are told apart
         self.step, self.pool = 0, None
         self.told: list[list[tuple[int, Fact]]] = [[] for _ in range(settings.pools)]  # see `Episode`
 
@@ -111,7 +108,7 @@ class Trainer:
         settings = self.settings
         rng = random.Random(f"{settings.seed} {self.step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        plan = plan_step(self._progress(), self.config.write_rows, self.config.memory_rows, rng)
+        plan = plan_step(self.step / settings.steps, self.config.write_rows, self.config.memory_rows, rng)
         if self.pool is None and not plan.first:
             plan = replace(plan, first=True)
         sizes = settings.sequences, settings.items
@@ -121,24 +118,18 @@ class Trainer:
         loss, recall, self.pool = self.run(plan, episode, self.pool, generator)
         self.optimizer.zero_grad()
         loss.backward()
-        self.weights[EMBEDDING].grad[self.words_begin :] = 0
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP)
+        for name, fixed in self.fixed.items():
+            self.weights[name].grad[fixed] = 0
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), CLIP)
         self.optimizer.step()
         self.told = episode.told
         self.step += 1
         return {"loss": loss.item(), "recall": recall}
 
-    def _progress(self) -> float:
-        """How far the curriculum is, from 0 to 1; negative in the steps before it."""
-        at = self.step - self.before
-        return at / (self.before if at < 0 else self.settings.steps - self.before)
-
     def _schedule(self) -> float:
-        """Share of the peak learning rate: a cosine before the curriculum, and a lower one with it."""
-        progress, at = self._progress(), self.step - self.before
-        peak, warmup, at = (1.0, 100, self.step) if at < 0 else (SECOND_PEAK, 200, at)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * (progress % 1))
-        return peak * min(1.0, (at + 1) / warmup) * (LAST_RATE + (1 - LAST_RATE) * cosine)
+        """Share of the peak learning rate: a warmup, and a cosine."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.step / self.settings.steps)
+        return min(1.0, (self.step + 1) / WARMUP) * (LAST_RATE + (1 - LAST_RATE) * cosine)
 
     def run(
         self, plan: Plan, episode: Episode, pool: Tensor | None, generator: torch.Generator
@@ -173,7 +164,7 @@ class Trainer:
             for i in range(rounds):
                 rng = random.Random(f"held out {t} {i}")
                 generator = torch.Generator().manual_seed(i)
-                plan = Plan(1 + t, 0, False, False, longest, 10, self.config.memory_rows // self.config.write_rows)
+                plan = Plan(1 + t, 0, False, False, longest, self.config.memory_rows // self.config.write_rows)
                 nothing = [[] for _ in range(self.settings.pools)]
                 episode = make_episode(plan, nothing, 2, 1, self.tokenizer, rng, held_out=True)
                 found[t] += self.run(plan, episode, self.pool, generator)[1] / rounds

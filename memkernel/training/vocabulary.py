@@ -17,8 +17,9 @@ from memkernel.training import facts, words
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 PREFIX = "##"
-OWN_SHARE = 0.5  # of the variance of a word's code
-KIND_SHARE = 0.3  # by its kind; the rest all tokens have in common
+COMMON, WORD = 0, 1  # elements of a code that all tokens, and all words, have in common
+COMMON_SHARE, WORD_SHARE, OWN_SHARE = 0.15, 0.15, 0.6  # of the square of a code; the rest tells its kind
+SPECIAL_ELEMENTS = 8  # of a code: these two, and one for each of `kinds`; the others are a word's own
 
 
 def grammar() -> list[str]:
@@ -49,23 +50,24 @@ def pieces() -> list[str]:
     return list(dict.fromkeys([*grammar(), *(piece for kind in kinds().values() for piece in kind)]))
 
 
-def word_codes(width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Random embeddings of about unit length, and what they have in common.
+def word_codes(width: int, generator: torch.Generator) -> Tensor:
+    """Random embeddings of unit length, [pieces, width] float32, that nothing needs to learn.
 
-    Returns: codes [pieces, width] float32; common [width], a unit vector in all of them; by_kind [kinds, width], one in
-    those of each of `kinds`.
+    Element 0 is the same in all of them; element 1 in all words but those of the grammar; the next ones tell of which
+    of `kinds` a word is; the rest is a word's own.
     """
-    vocabulary, by_name = pieces(), kinds()
-    kind_of = {piece: i for i, kind in reversed(list(enumerate(by_name.values()))) for piece in kind}
-    codes = torch.randn(len(vocabulary), width, generator=generator) * width**-0.5
-    common = F.normalize(torch.randn(width, generator=generator), dim=0)
-    by_kind = F.normalize(torch.randn(len(by_name), width, generator=generator), dim=1)
-    for i, piece in enumerate(vocabulary):
-        if piece in kind_of:
-            codes[i] = OWN_SHARE**0.5 * codes[i] + KIND_SHARE**0.5 * by_kind[kind_of[piece]]
+    own = F.normalize(torch.randn(len(pieces()), width - SPECIAL_ELEMENTS, generator=generator), dim=1)
+    codes = F.pad(OWN_SHARE**0.5 * own, (SPECIAL_ELEMENTS, 0))
+    kind_of = {piece: i for i, kind in reversed(list(enumerate(kinds().values()))) for piece in kind}
+    words_begin = len(grammar())
+    for i, piece in enumerate(pieces()):
+        codes[i, COMMON] = COMMON_SHARE**0.5
+        if i >= words_begin:
+            codes[i, WORD] = WORD_SHARE**0.5
+            codes[i, 2 + kind_of[piece]] = (1 - OWN_SHARE - COMMON_SHARE - WORD_SHARE) ** 0.5
         else:
-            codes[i] *= (OWN_SHARE + KIND_SHARE) ** 0.5
-    return codes + (1 - OWN_SHARE - KIND_SHARE) ** 0.5 * common, common, by_kind
+            codes[i, SPECIAL_ELEMENTS:] *= ((1 - COMMON_SHARE) / OWN_SHARE) ** 0.5
+    return codes
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 HELD_OUT_OF = 5  # one word of so many is held out
 
-INVENTED_SHARE = 0.05
+INVENTED_SHARE = 0.15
 ONSETS = tuple("bdfghjklmnprstvwz")
 VOWELS = tuple("aeiou")
 ENDINGS = ("", *"dklmnrst")  # of a syllable
