@@ -9,7 +9,7 @@ SANITIZED := build/sanitized
 .PHONY: demo train-tiny test lint benchmark report sanitize clean
 
 demo: $(VENV)/installed
-	$(BIN)/memkernel demo --dtype float32 README.md NOTES.md CONTRIBUTING.md
+	$(BIN)/memkernel demo --dtype float32
 
 train-tiny: $(VENV)/installed
 	$(BIN)/python -m memkernel.training build/tiny

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     checkpoint = ("checkpoint", "a folder or a hub id")
-    add(_demo, "update, question, save and load a tiny model", ("files", "text to update from (default: the README)"))
+    add(_demo, "tell the shipped model a page, ask, save and load", ("files", "pages (default: one that ships)"))
     update = add(_update, "write text into a memory file", checkpoint, ("files", "UTF-8 text files; - is stdin"))
     update.add_argument("--text", help="text to write instead of files")
     update.add_argument("--memory", metavar="PATH", required=True, help="file to update; if there is none, it is made")

@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -16,10 +17,12 @@ import torch
 from memkernel import Engine, __version__, cuda, demo, memory_file, native, ops, tiny
 from memkernel.cli import main
 from memkernel.config import ModelConfig
+from memkernel.training import facts, words
 from memkernel.weights import expected_shapes
 
 CPU = ["--device", "cpu", "--dtype", "float32"]
 TEXT = "David said that he likes apples, and that he does not like pears. "
+RIGHT = 11  # of the demo's twelve answers
 COMMANDS = ("demo", "update", "ask", "chat", "info", "env")
 
 
@@ -382,37 +385,37 @@ def test_wrong_command_lines(argv, said, capsys):
 
 
 def test_demo(run):
-    """Survivors lie within five standard errors of the theory: the draw's seed is fixed, and for a random one each of
-    the nine would fail once in two million runs."""
+    """Training has seen none of the page's names and values."""
+    sentences = re.findall(r"\S[^.]*\.", demo.PAGE.read_text())
+    told = [facts.read(sentence) for sentence in sentences]
+    assert len(told) == 12 and all(words.is_held_out(fact.subject) and words.is_held_out(fact.value) for fact in told)
     code, out, _ = run("demo", "--json", *CPU)
-    facts = json.loads(out)
-    assert code == 0 and facts["reload"]["equal"] is True and "random weights" in facts["note"]
-    assert facts["reload"]["token_ids"] == facts["reload"]["second_process"] != []
-    assert facts["updates"]["chunks"] == facts["updates"]["version"] >= 60
-    assert facts["answers"]["before"] != facts["answers"]["after"]
-    survivors = {row["t"]: row for row in facts["survivors"]}
-    assert set(survivors) == set(demo.LAGS)
-    for t, row in survivors.items():
-        assert row["theory"] == (1 - 32 / 512) ** t
-        assert abs(row["alive"] - row["theory"]) <= 5 * row["standard_error"], row
-    for wrong in (7, 9):  # the bound is narrow enough to tell neighbouring t apart
-        assert abs(survivors[8]["alive"] - (1 - 32 / 512) ** wrong) > 5 * survivors[8]["standard_error"]
+    report = json.loads(out)
+    asked = [(row["before"] == row["expected"], row["after"] == row["expected"]) for row in report["answers"]]
+    assert code == 0 and report["reload"]["equal"] is True and report["facts"] == len(asked) == 12
+    assert sum(before for before, _ in asked) <= 1 and sum(after for _, after in asked) >= RIGHT
+    fading = {row["t"]: row["recall"] for row in report["fading"]}
+    assert list(fading) == list(demo.LATER) and fading[0] >= RIGHT / 12 and fading[32] < fading[0] / 2
 
 
-def test_demo_fails_if_the_second_process_answers_otherwise(run, tmp_path, monkeypatch):
-    text = tmp_path / "text"
-    text.write_text(TEXT * 20)
-    answer = json.dumps({"token_ids": [1], "logprobs": [-1.0]})
+def test_demo_tells_the_facts_of_a_file(run, tmp_path):
+    page = tmp_path / "page"
+    page.write_text("It rained. Mila lives in Dresden.\nThe mayor of Bilbao is Ramona. Now Mila lives in Tampere.")
+    code, out, _ = run("demo", "--json", page, *CPU)
+    report = json.loads(out)
+    assert [row["expected"] for row in report["answers"]] == ["Tampere", "Ramona"]
+    assert " ".join(report["chunks"]).startswith("It rained. Mila lives in Dresden.")
+    page.write_text("It rained.")
+    code, out, err = run("demo", page, *CPU)
+    assert (
+        code == 2
+        and out == ""
+        and f"files: expected a fact, such as 'Mila lives in Dresden.', got none in {page}" in err
+    )
+
+
+def test_demo_fails_if_the_second_process_answers_otherwise(run, monkeypatch):
+    answer = json.dumps({"token_ids": [1], "text": "x"})
     monkeypatch.setattr(demo.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, answer, ""))
-    code, out, _ = run("demo", text, *CPU)
-    assert code == 1 and "NOT EQUAL" in out
-    assert f"{len(TEXT) * 20:,} tokens of {text}" in out and out.isascii()
-
-
-def test_demo_has_text_without_an_installation(monkeypatch):
-    def not_installed(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(demo.metadata, "metadata", not_installed)
-    source, text = demo._own_text()
-    assert "source" in source and "class Engine" in text
+    code, out, _ = run("demo", *CPU)
+    assert code == 1 and "NOT EQUAL" in out and out.isascii()

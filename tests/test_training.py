@@ -16,7 +16,7 @@ from compare import relative_error
 from tokenizers import Tokenizer
 
 from memkernel import Engine, ModelConfig
-from memkernel.training import differentiable, facts, train, vocabulary, words
+from memkernel.training import differentiable, facts, structure, train, vocabulary, words
 from memkernel.training.differentiable import DifferentiableLlama, filled, initial_weights, updated
 from memkernel.training.episodes import Plan, Story, make_episode, plan_step
 from memkernel.training.train import Settings, Trainer, write_checkpoint
@@ -219,14 +219,33 @@ def test_before_training_the_end_of_a_question_finds_the_value(tmp_path, monkeyp
     assert sum(right) / len(right) > 0.6
 
 
-def test_words_are_never_trained(tmp_path):
+def test_heads_score_distances_as_wanted():
+    """The last word before: nearer ones above farther ones and the word itself, all above those of other sentences."""
+    frequencies = ModelConfig.from_dict(train.GEOMETRY | {"vocab_size": 9}).rope.frequencies(64)
+    wanted = dict.fromkeys(range(320), structure.FAR) | structure.NEAR
+    cos, sin = structure.by_distance(frequencies[frequencies > structure.TURNING], wanted, 0.01)
+    angle = torch.arange(320)[:, None] * frequencies[frequencies > structure.TURNING]
+    score = angle.cos() @ cos + angle.sin() @ sin
+    assert (score[2:6].diff() < -0.3).all() and score[0] < score[5] - 0.5 and score[8:].max() < score[5] - 0.5
+
+
+def test_what_is_given_is_never_trained(tmp_path):
+    """Embeddings of words, and the heads that note and carry; all else moves."""
     trainer = Trainer(tmp_path, QUICK, SMALL)
-    before = trainer.weights[train.EMBEDDING].detach().clone()
+    before = weights_of(trainer)
     for _ in range(QUICK.steps):
         trainer.train_step()
-    moved = (trainer.weights[train.EMBEDDING] != before).any(1)
-    words_begin = len(vocabulary.grammar())
-    assert moved[:words_begin].any() and not moved[words_begin:].any()
+    for name, weight in trainer.weights.items():
+        moved = weight != before[name]
+        fixed = trainer.fixed.get(name, torch.zeros_like(moved))
+        assert not moved[fixed].any() and (fixed.all() or moved[~fixed].any()), name
+    assert trainer.fixed[train.EMBEDDING][:, 0].sum() == len(vocabulary.pieces()) - len(vocabulary.grammar())
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"num_key_value_heads": 2}, {"hidden_size": 66}])
+def test_a_model_without_room_for_the_structure_is_refused(tmp_path, change):
+    with pytest.raises(ValueError, match="config: expected two layers, three groups of heads and a width of four"):
+        Trainer(tmp_path, QUICK, SMALL | change)
 
 
 def test_training_learns(tmp_path):
