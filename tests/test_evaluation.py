@@ -248,7 +248,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     raw = train.GEOMETRY | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     raw |= {"vocab_size": len(vocabulary.pieces())}
-    vocabulary.write_tokenizer(folder)
+    vocabulary.write_tokenizer(folder, vocabulary.pieces())
     weights = initial_weights(ModelConfig.from_dict(raw), torch.Generator().manual_seed(0))
     train.write_checkpoint(folder, raw, weights, None)
     return folder

@@ -11,6 +11,7 @@ from collections import Counter
 from contextlib import nullcontext
 
 import pytest
+import safetensors
 import torch
 from compare import relative_error
 from tokenizers import Tokenizer
@@ -29,7 +30,7 @@ AGREE = 2e-5  # relative Frobenius error, as against the published numbers
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vocabulary")
-    vocabulary.write_tokenizer(folder)
+    vocabulary.write_tokenizer(folder, vocabulary.pieces())
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -240,6 +241,21 @@ def test_what_is_given_is_never_trained(tmp_path):
         fixed = trainer.fixed.get(name, torch.zeros_like(moved))
         assert not moved[fixed].any() and (fixed.all() or moved[~fixed].any()), name
     assert trainer.fixed[train.EMBEDDING][:, 0].sum() == len(vocabulary.pieces()) - len(vocabulary.grammar())
+
+
+def test_a_checkpoint_gets_the_words_that_are_added(tmp_path):
+    trainer = Trainer(tmp_path, QUICK, SMALL)
+    trainer.export()
+    known, more = vocabulary.pieces(), vocabulary.added()
+    assert more and not set(known) & set(more) and len(set(more)) == len(more)
+    engine = Engine.from_pretrained(tmp_path, device="cpu", dtype="float32")
+    assert engine.tokenizer.convert_ids_to_tokens(range(len(known) + len(more))) == known + more
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        embeddings = file.get_tensor(train.EMBEDDING).float()
+    assert torch.equal(embeddings[: len(known)], trainer.weights[train.EMBEDDING].detach().half().float())
+    nouns = [i for i, word in enumerate(known + more) if word in ("teapots", "lemons")]  # added, and held out
+    assert len(nouns) == 2 and torch.equal(*(embeddings[i, : vocabulary.SPECIAL_ELEMENTS] for i in nouns))
+    assert embeddings[len(known) :].norm(dim=1).sub(train.EMBEDDING_LENGTH).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize("change", [{"num_hidden_layers": 1}, {"num_key_value_heads": 2}, {"hidden_size": 66}])

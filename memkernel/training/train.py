@@ -80,7 +80,7 @@ class Trainer:
 
         self.folder, self.settings = folder, settings
         folder.mkdir(parents=True, exist_ok=True)
-        vocabulary.write_tokenizer(folder)
+        vocabulary.write_tokenizer(folder, vocabulary.pieces())
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.raw = geometry | {"vocab_size": self.tokenizer.get_vocab_size()}
         self.config = ModelConfig.from_dict(self.raw)
@@ -88,8 +88,7 @@ class Trainer:
         self.device, self.dtype = torch.device(settings.device), getattr(torch, settings.dtype)
         weights = initial_weights(self.config, generator)
         # Words are random codes, never trained, so that one that training has not seen is like those that it has.
-        codes = vocabulary.word_codes(self.config.hidden_size // PARTS, generator)
-        weights[EMBEDDING] = EMBEDDING_LENGTH * F.pad(codes, (0, self.config.hidden_size - codes.shape[1]))
+        weights[EMBEDDING] = self._embeddings(vocabulary.pieces(), generator)
         fixed = give_structure(self.config, weights, generator)
         fixed[EMBEDDING] = torch.zeros_like(weights[EMBEDDING], dtype=torch.bool)
         fixed[EMBEDDING][len(vocabulary.grammar()) :] = True
@@ -125,6 +124,11 @@ class Trainer:
         self.told = episode.told
         self.step += 1
         return {"loss": loss.item(), "recall": recall}
+
+    def _embeddings(self, words: list[str], generator: torch.Generator) -> Tensor:
+        """Codes in the first part of the hidden states, and nothing in the others: [len(words), E]."""
+        codes = vocabulary.word_codes(words, self.config.hidden_size // PARTS, generator)
+        return EMBEDDING_LENGTH * F.pad(codes, (0, self.config.hidden_size - codes.shape[1]))
 
     def _schedule(self) -> float:
         """Share of the peak learning rate: a warmup, and a cosine."""
@@ -197,9 +201,14 @@ class Trainer:
         return True
 
     def export(self) -> None:
-        """Write the checkpoint in float16, with the first of the pools as its memory."""
+        """Write the checkpoint in float16, with the first of the pools as its memory and the words that are `added`."""
+        words = vocabulary.added()
+        more = self._embeddings(words, torch.Generator().manual_seed(self.settings.seed + 1)).to(self.device)
+        weights = self.weights | {EMBEDDING: torch.cat([self.weights[EMBEDDING].detach(), more])}
+        raw = self.raw | {"vocab_size": len(weights[EMBEDDING])}
+        vocabulary.write_tokenizer(self.folder, vocabulary.pieces() + words)
         memory = None if self.pool is None else self.pool[:, 0]
-        write_checkpoint(self.folder, self.raw, self.weights, memory, torch.float16)
+        write_checkpoint(self.folder, raw, weights, memory, torch.float16)
 
 
 def write_checkpoint(

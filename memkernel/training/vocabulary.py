@@ -19,6 +19,7 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 PREFIX = "##"
 COMMON, WORD = 0, 1  # elements of a code that all tokens, and all words, have in common
 COMMON_SHARE, WORD_SHARE, OWN_SHARE = 0.15, 0.15, 0.6  # of the square of a code; the rest tells its kind
+ADDED = ("person", "place", "noun")  # the first of `kinds`
 SPECIAL_ELEMENTS = 8  # of a code: these two, and one for each of `kinds`; the others are a word's own
 
 
@@ -50,33 +51,41 @@ def pieces() -> list[str]:
     return list(dict.fromkeys([*grammar(), *(piece for kind in kinds().values() for piece in kind)]))
 
 
-def word_codes(width: int, generator: torch.Generator) -> Tensor:
-    """Random embeddings of unit length, [pieces, width] float32, that nothing needs to learn.
+def added() -> list[str]:
+    """Words that a checkpoint gets after its training, the next ids in order: their codes are as random as those of the
+    words that training held out, and are read as well."""
+    known = set(pieces())
+    return [word for kind in ADDED for word in words.listed(f"{kind}_added") if word not in known]
 
-    Element 0 is the same in all of them; element 1 in all words but those of the grammar; the next ones tell of which
-    of `kinds` a word is; the rest is a word's own.
+
+def word_codes(vocabulary: list[str], width: int, generator: torch.Generator) -> Tensor:
+    """Random embeddings of unit length, [len(vocabulary), width] float32, that nothing needs to learn.
+
+    Element COMMON is the same in all of them; element WORD in all words but those of the grammar; the next ones tell
+    of which of `kinds` a word is; the rest is a word's own.
     """
-    own = F.normalize(torch.randn(len(pieces()), width - SPECIAL_ELEMENTS, generator=generator), dim=1)
+    own = F.normalize(torch.randn(len(vocabulary), width - SPECIAL_ELEMENTS, generator=generator), dim=1)
     codes = F.pad(OWN_SHARE**0.5 * own, (SPECIAL_ELEMENTS, 0))
-    kind_of = {piece: i for i, kind in reversed(list(enumerate(kinds().values()))) for piece in kind}
-    words_begin = len(grammar())
-    for i, piece in enumerate(pieces()):
+    kind_of = {word: i for i, kind in enumerate(ADDED) for word in words.listed(f"{kind}_added")}
+    kind_of |= {piece: i for i, kind in reversed(list(enumerate(kinds().values()))) for piece in kind}
+    of_grammar = set(grammar())
+    for i, piece in enumerate(vocabulary):
         codes[i, COMMON] = COMMON_SHARE**0.5
-        if i >= words_begin:
+        if piece in of_grammar:
+            codes[i, SPECIAL_ELEMENTS:] *= ((1 - COMMON_SHARE) / OWN_SHARE) ** 0.5
+        else:
             codes[i, WORD] = WORD_SHARE**0.5
             codes[i, 2 + kind_of[piece]] = (1 - OWN_SHARE - COMMON_SHARE - WORD_SHARE) ** 0.5
-        else:
-            codes[i, SPECIAL_ELEMENTS:] *= ((1 - COMMON_SHARE) / OWN_SHARE) ** 0.5
     return codes
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write the tokenizer in Hugging Face's files."""
+def write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
+    """Write the tokenizer of a vocabulary in Hugging Face's files."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {piece: i for i, piece in enumerate(pieces())}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     # Digits one by one, as punctuation is.
     split_digits = pre_tokenizers.Digits(individual_digits=True)
