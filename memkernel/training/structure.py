@@ -4,14 +4,15 @@ Hidden states have four equal parts: a token's own word; the word it notes, the 
 that ends a sentence is its subject; and both of these of the token W tokens before, which it carries. Of a text of 2W
 tokens the last W leave rows in memory, and so speak for the others too.
 
-    first layer   one group of heads looks at the last word before, and notes it
+    first layer   one group of heads looks at the last word before, and notes it; another adds, weakly, the words of
+                  the grammar around, which tell relations apart
     second        two groups look at the token W before, and carry what it is and what it notes
     from there    groups look for words that noted what the query notes ("Oslo" and the end of "Where does Anna live?"
                   both note Anna) or noted the query itself (the next piece of a spelled word), as rows' own or carried;
                   and pass the word on
 
-The first two layers' groups stay as they begin, the others are trained. Without all this a model finds any town, or any
-in which someone lives, and thousands of steps go by in which a subject makes no difference.
+What notes words and carries them stays as it begins, all else is trained. Without all this a model finds any town, or
+any in which someone lives, and thousands of steps go by in which a subject makes no difference.
 """
 
 import torch
@@ -29,7 +30,7 @@ MATCHES = (  # what a query asks for, the part of rows where it is looked for, a
     (OWN, NOTED, OWN),
     (OWN, CARRIED_NOTED, CARRIED),
 )
-DIFFER = 0.2  # of the usual random weights
+DIFFER = 0.2  # of the usual random weights, added to the heads that are trained
 NOTE, RELATION, CARRY, FOUND = 0.6, 0.3, 0.8, 0.3  # lengths of what heads add, beside those of what they look at
 TURNING = 0.002  # radians a token: rotary pairs that are slower hardly tell apart where in memory a row is
 
@@ -38,13 +39,14 @@ TURNING = 0.002  # radians a token: rotary pairs that are slower hardly tell apa
 NEAR = (6.9, 9.6, 10.0, 9.1, 8.3, 7.9, 7.1, 5.0, 1.8, -0.9, -1.5, 0.4, 3.1)
 NEAR = {distance: (score, 3.0 if distance in (0, 2, 3, 4, 5) else 0.3) for distance, score in enumerate(NEAR)}
 FAR = (0.0, 0.001)
-NONE_NEAR = 7.35
+NONE_NEAR = 7.35  # between the scores of a word at the longest distance of a subject and of the word itself
 # And of the token W before: distance less W. Others are below zero, which is the score of bos.
 THERE = {-2: (-1.0, 1.0), -1: (0.2, 3.0), 0: (0.7, 10.0), 1: (0.2, 3.0), 2: (-1.0, 1.0)}
 ELSEWHERE = (-2.5, 0.3)
-SHARP_NEAR, SHARP_RELATION, SHARP_THERE = 1.1, 0.3, 8.0  # by which these scores are multiplied, roughly
+SHARP_NEAR, SHARP_RELATION, SHARP_THERE = 1.1, 0.3, 8.0  # by which these scores are multiplied
 
-SAME, IS_WORD, NONE_SAME = 6.0, 12.0, 4.5  # of the scores of matches: of equal words, of any word, of bos
+# Weights of what makes up the score of a row that is looked for: the same word, any word; and of bos, between the two.
+SAME, IS_WORD, NONE_SAME = 6.0, 12.0, 4.5
 
 
 def by_distance(frequencies: Tensor, wanted: dict[int, tuple[float, float]], ridge: float) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,11 @@ def give_structure(config: ModelConfig, weights: dict[str, Tensor], generator: t
 
 
 class _Structure:
-    """Writes groups of heads: what their queries and keys compare, and what they pass on."""
+    """Writes groups of heads, each the query heads of one key/value head: what they compare, and what they pass on.
+
+    Elements of a head: rotary pairs that turn compare distances; those that hardly do compare words, one of them
+    whether a row is a word, and one is for bos alone.
+    """
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor]):
         self.weights, self.D, self.S = weights, config.head_size, config.hidden_size // PARTS
@@ -133,7 +139,7 @@ class _Structure:
         return q[heads], k[group], v[group], o.unflatten(1, (-1, self.D))[:, heads]
 
     def look_at_distance(self, layer, group, wanted, ridge, sharp, among):
-        """Scores by distance, multiplied by how far along `among` a key's row is."""
+        """Score rows by distance, as `by_distance`, times how far along `among` [E] they are."""
         query, key, *_ = self.parts(layer, group)
         cos, sin = by_distance(self.frequency, wanted, ridge)
         size = (cos**2 + sin**2) ** 0.25
@@ -143,7 +149,7 @@ class _Structure:
         query[:, self.turning + self.D // 2, COMMON] = -(sharp**0.5) * sin / size
 
     def look_for_the_same(self, layer, group, asked, found, source, generator):
-        """Scores of rows with a word in part `source` whose part `found` holds the word of the query's part `asked`."""
+        """Score rows with a word in part `source` whose part `found` holds the word of the query's part `asked`."""
         query, key, *_ = self.parts(layer, group)
         query.zero_(), key.zero_()
         query[:, self.to_words, COMMON] = key[self.to_words, source * self.S + WORD] = IS_WORD**0.5
@@ -154,12 +160,13 @@ class _Structure:
             key[r, found * self.S + SPECIAL_ELEMENTS : (found + 1) * self.S] = direction
 
     def look_at_bos(self, layer, group, strength):
+        """Score bos, by which a group is held that finds nothing: its value holds nothing that is passed on."""
         query, key, *_ = self.parts(layer, group)
         query[:, self.to_bos, COMMON] = 1
         key[self.to_bos, NOTED * self.S + COMMON] = strength
 
     def pass_on(self, layer, group, source, target, gain):
-        """Add a part of what is looked at to a part of the query's row, all but what every token has."""
+        """Add a part of the row that is looked at to one of the query's, all but the element that every token has."""
         *_, value, out = self.parts(layer, group)
         value.zero_(), out.zero_()
         for i in range(1, min(self.S, self.D)):
