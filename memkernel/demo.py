@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def _tell(engine: Engine, sentences: list[str], rng: random.Random, say: Callabl
         while _tokens(engine, chunks[i]) < MIN_TOKENS:
             chunks[i] = f"{facts.side_text(rng)} {chunks[i]}"
         engine.update(chunks[i], chunk_tokens=None)
-        say(f"  {chunk}")
+        say(textwrap.fill(chunk, 100, initial_indent="  ", subsequent_indent="    "))
     return chunks
 
 
