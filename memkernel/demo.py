@@ -3,7 +3,6 @@ rate of the theory while it is told others, and keeps its memory in a file that 
 
 import json
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from memkernel.cli import read_texts
-from memkernel.engine import MIN_TOKENS, Engine
+from memkernel.engine import Engine
 from memkernel.evaluation import cases
 from memkernel.request import Completion
 from memkernel.training import facts
@@ -37,8 +36,7 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
     cannot be read or state no fact.
     """
     text = "\n".join(read_texts(files or [str(PAGE)]))
-    sentences = re.findall(r"[^.\s][^.]*\.", " ".join(text.split()))
-    told = {fact.key: fact for fact in map(facts.read, sentences) if fact is not None}
+    told = {fact.key: fact for fact in map(facts.read, cases.sentences(text)) if fact is not None}
     if not told:
         raise ValueError(f"files: expected a fact, such as 'Mila lives in Dresden.', got none in {', '.join(files)}")
     say = (lambda *_: None) if as_json else print
@@ -55,7 +53,7 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
     questions = [fact.question(rng) for fact in told.values()]
     report: dict = {"model": str(model), "facts": len(told)}
     before = [answer.text.strip() for answer in engine.generate(questions, max_tokens=ANSWER_TOKENS)]
-    report["chunks"] = _tell(engine, sentences, rng, say)
+    report["chunks"] = _tell(engine, text, rng, say)
     answers = engine.generate(questions, max_tokens=ANSWER_TOKENS)
     report["answers"] = _compare(list(told.values()), questions, before, answers, say)
     with tempfile.TemporaryDirectory(prefix="memkernel-demo-") as folder:
@@ -70,20 +68,12 @@ def _tokens(engine: Engine, text: str) -> int:
     return len(engine.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def _tell(engine: Engine, sentences: list[str], rng: random.Random, say: Callable) -> list[str]:
-    """Update from the sentences, as many at a time as the model was trained on."""
-    longest, chunks = 2 * engine.config.write_rows, [""]
-    for sentence in sentences:
-        longer = f"{chunks[-1]} {sentence}".strip()
-        if _tokens(engine, longer) > longest and chunks[-1]:
-            chunks.append(sentence)
-        else:
-            chunks[-1] = longer
+def _tell(engine: Engine, text: str, rng: random.Random, say: Callable) -> list[str]:
+    """Update from the sentences of a text, as many at a time as the model was trained on."""
+    chunks = cases.updates_of(text, 2 * engine.config.write_rows, lambda text: _tokens(engine, text), rng)
     say(f"\nTold, in {len(chunks)} updates:")
-    for i, chunk in enumerate(chunks):
-        while _tokens(engine, chunks[i]) < MIN_TOKENS:
-            chunks[i] = f"{facts.side_text(rng)} {chunks[i]}"
-        engine.update(chunks[i], chunk_tokens=None)
+    for chunk in chunks:
+        engine.update(chunk, chunk_tokens=None)
         say(textwrap.fill(chunk, 100, initial_indent="  ", subsequent_indent="    "))
     return chunks
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from memkernel import Engine, ModelConfig, cli
+from memkernel.engine import MIN_TOKENS
 from memkernel.evaluation import cases, edits, integrity, retention
 from memkernel.evaluation.cases import Case, Question
 from memkernel.training import train, vocabulary, words
@@ -194,6 +195,33 @@ def test_edit_files_are_read(tmp_path):
     assert edit.specificity == (edits.Check("Ben lives in", " Oslo", " Rome"),)
 
 
+PAGE = """Mila lives in Dresden. The kites are
+made of silk. Now Mila lives in Tampere. Nadia owns a hen."""
+
+
+def test_a_page_is_read(tmp_path):
+    (tmp_path / "page.txt").write_text(PAGE)
+
+    def count(text):
+        return 2 * len(text.split())
+
+    first, second = cases.page(tmp_path / "page.txt", 32, count)
+    assert first.texts == ("Mila lives in Dresden. The kites are made of silk. Now Mila lives in Tampere.",)
+    assert second.texts[0].endswith(". Nadia owns a hen.") and count(second.texts[0]) >= MIN_TOKENS
+    assert [question.answers for case in (first, second) for question in case.questions] == [
+        ("Tampere",),
+        ("silk",),
+        ("hen",),
+    ]
+    assert all(question.prompt.endswith(" Answer:") for question in first.questions)
+
+
+def test_a_page_that_states_nothing_is_refused(tmp_path):
+    (tmp_path / "page.txt").write_text("It rained.")
+    with pytest.raises(ValueError, match="page.txt: expected a fact"):
+        cases.page(tmp_path / "page.txt", 32, len)
+
+
 @pytest.mark.parametrize("read", [cases.squad, cases.natural_questions, edits.zsre, edits.counterfact])
 @pytest.mark.parametrize("content", ["{", "[]", "[1]", '{"data": [{"title": "x"}]}', '[{"src": "x"}]'])
 def test_bad_files_are_refused_by_name(tmp_path, read, content):
@@ -313,6 +341,8 @@ def test_the_commands_read_files(checkpoint, tmp_path, capsys):
     [
         (["retention", "{folder}", "--format", "squad"], "--file: expected"),
         (["retention", "{folder}", "--file", "x.json"], "--file: expected"),
+        (["retention", "{folder}", "--format", "nq", "--file", "x"], "--unrelated: expected"),
+        (["retention", "{folder}", "--format", "page", "--file", "nowhere.txt"], "nowhere.txt: expected a file"),
         (["retention", "{folder}", "--later", "-1"], "--later: expected"),
         (["retention", "{folder}", "--cases", "0"], "--cases: expected"),
         (["retention", "{folder}", "--plot"], "--plot: expected --out"),

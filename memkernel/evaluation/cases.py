@@ -1,12 +1,15 @@
-"""What evaluations tell and ask: generated facts of held-out words, and files in the layouts of public data sets."""
+"""What evaluations tell and ask: generated facts of held-out words, those of a page, and files in the layouts of public
+data sets."""
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from memkernel.engine import MIN_TOKENS
 from memkernel.training import facts
 from memkernel.training.facts import Fact
 
@@ -103,6 +106,51 @@ def unrelated(longest: int, count: Callable[[str], int], seed: int = 0, begin: i
         rng = random.Random(f"unrelated {seed} {begin}")
         yield fitting(facts.draw_facts(rng, 16, True), longest, count, rng)[0]
         begin += 1
+
+
+# -- a page of text ---------------------------------------------------------------------------------------------------
+
+
+def sentences(text: str) -> list[str]:
+    """What ends with a full stop, each on one line."""
+    return re.findall(r"[^.\s][^.]*\.", " ".join(text.split()))
+
+
+def updates_of(text: str, longest: int, count: Callable[[str], int], rng: random.Random) -> list[str]:
+    """The sentences of a text, for each update as many as `longest` tokens hold, and at least one.
+
+    Side texts go before what has less than MIN_TOKENS.
+    """
+    updates = [""]
+    for sentence in sentences(text):
+        longer = f"{updates[-1]} {sentence}".strip()
+        if updates[-1] and count(longer) > longest:
+            updates.append(sentence)
+        else:
+            updates[-1] = longer
+    for i in range(len(updates)):
+        while count(updates[i]) < MIN_TOKENS:
+            updates[i] = f"{facts.side_text(rng)} {updates[i]}"
+    return updates
+
+
+def page(path: str | Path, longest: int, count: Callable[[str], int], seed: int = 0) -> list[Case]:
+    """The updates of a text file that state facts in the shapes of `training.facts`, with questions about these.
+
+    Raises ValueError naming the file if it cannot be read or states none.
+    """
+    rng, made = random.Random(f"page {seed}"), []
+    try:
+        text = Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a file of UTF-8 text: {error}") from None
+    for update in updates_of(text, longest, count, rng):
+        told = {fact.key: fact for fact in map(facts.read, sentences(update)) if fact is not None}
+        questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in told.values())
+        made += [Case((update,), questions, "page")] if told else []
+    if not made:
+        raise ValueError(f"{path}: expected a fact, such as 'Mila lives in Dresden.', got none")
+    return made
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 from itertools import cycle
 from pathlib import Path
 
-FORMATS = ("generated", "squad", "nq")
+FORMATS = ("generated", "page", "squad", "nq")
 PUBLISHED_CHUNK = 512  # tokens that contexts are cut to, as published
 
 
@@ -30,8 +30,8 @@ def add_parser(commands) -> None:
 
     retention = add(_retention, "recall of facts right after they are told and after unrelated updates")
     retention.add_argument("--format", choices=FORMATS, default="generated", help="of --file (default: no file)")
-    retention.add_argument("--file", help="questions and the contexts that answer them")
-    retention.add_argument("--unrelated", help="a file of the same format, whose contexts are the unrelated updates")
+    retention.add_argument("--file", help="a page in the sentences of training/facts.py; or questions and contexts")
+    retention.add_argument("--unrelated", help="squad, nq: another such file, whose contexts are the unrelated updates")
     retention.add_argument("--later", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="updates until asked")
     edits = add(_edits, "efficacy, generalisation and specificity of edits")
     edits.add_argument("format", choices=("zsre", "counterfact"))
@@ -80,14 +80,19 @@ def _progress(total: int):
 def _retention(args: argparse.Namespace) -> None:
     from memkernel.evaluation import cases, retention
 
-    if (args.format == "generated") != (args.file is None) or (args.file is None) != (args.unrelated is None):
-        raise ValueError("--file: expected --file and --unrelated with --format squad or nq, and only then")
+    if (args.file is None) != (args.format == "generated"):
+        raise ValueError("--file: expected it with --format page, squad or nq, and only then")
+    if (args.unrelated is None) != (args.format not in cases.RETENTION_FILES):
+        raise ValueError("--unrelated: expected it with --format squad or nq, and only then")
     if min(args.later) < 0:
         raise ValueError(f"--later: expected numbers from 0 on, got {min(args.later)}")
-    if args.file is None:
+    if args.unrelated is None:
         engine = _engine(args)
         count, longest = _counter(engine), 2 * engine.config.write_rows
-        told = cases.generated(args.cases, longest, count, args.seed)
+        if args.file is None:
+            told = cases.generated(args.cases, longest, count, args.seed)
+        else:
+            told = cases.page(args.file, longest, count, args.seed)[: args.cases]
         unrelated, match = cases.unrelated(longest, count, args.seed), retention.exact
     else:
         read = cases.RETENTION_FILES[args.format]
