@@ -19,7 +19,7 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 PREFIX = "##"
 COMMON, WORD = 0, 1  # elements of a code that all tokens, and all words, have in common
 COMMON_SHARE, WORD_SHARE, OWN_SHARE = 0.15, 0.15, 0.6  # of the square of a code; the rest tells its kind
-ADDED = ("person", "place", "noun")  # the first of `kinds`
+ADDED = words.LISTS  # the first of `kinds`
 SPECIAL_ELEMENTS = 8  # of a code: these two, and one for each of `kinds`; the others are a word's own
 
 
@@ -35,7 +35,7 @@ def grammar() -> list[str]:
 def kinds() -> dict[str, list[str]]:
     """All other pieces, by what they may be: people, places, other nouns, and parts of words that are spelled."""
     nouns = [word for fitting in words.FITTING.values() for word in fitting] + list(words.listed("noun"))
-    syllables = [a + b + c for a in words.ONSETS for b in words.VOWELS for c in words.ENDINGS]
+    syllables = words.syllables()
     return {
         "person": sorted(words.listed("person")),
         "place": sorted(words.listed("place")),
