@@ -80,8 +80,10 @@ def memory_attention(
     expect("start", start, (B,), torch.int32, device)
 
 
-def draw_ranks(state: Tensor, rows: int, count: int) -> None:
+def draw_ranks(state: Tensor, layers: int, rows: int, count: int) -> None:
     expect("state", state, (2,), torch.int64, state.device)
+    if layers < 0:
+        raise ValueError(f"layers: expected at least 0, got {layers}")
     if not 0 <= count <= rows or rows > 1 << 31:
         raise ValueError(f"count: expected 0 to {rows} of {rows} rows, got {count}")
 

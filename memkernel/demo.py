@@ -1,5 +1,5 @@
-"""What `make demo` shows: the shipped model is told a page of facts, answers questions about them, forgets them at the
-rate of the theory while it is told others, and keeps its memory in a file that a second process reads."""
+"""What `make demo` shows: the shipped model is told a page of facts, answers questions about them, forgets them, more
+slowly than it loses their rows, while it is told others, and keeps its memory in a file that a second process reads."""
 
 import json
 import random
@@ -27,7 +27,7 @@ ANSWER_TOKENS = 16
 BAR = 40  # columns of a recall of 1
 
 
-def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: str = "auto", model: Path = MODEL) -> int:
+def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: str = "auto") -> int:
     """Run the demo on the facts in `files`, by default the shipped page, and print it, or one JSON object.
 
     A sentence in one of the shapes of `training.facts` is told and asked about, any other is told.
@@ -41,36 +41,32 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
         raise ValueError(f"files: expected a fact, such as 'Mila lives in Dresden.', got none in {', '.join(files)}")
     say = (lambda *_: None) if as_json else print
     torch.set_num_threads(1)  # the tensors are tiny: a second thread would only be waited for
-    engine = Engine.from_pretrained(model, device=device, dtype=dtype)
+    engine = Engine.from_pretrained(MODEL, device=device, dtype=dtype)
     config, rng = engine.config, random.Random(0)
     say(f"memkernel demo: {config.num_layers} layers of width {config.hidden_size}, {config.memory_rows} memory rows a")
     say(f"layer, {config.write_rows} of them rewritten by an update; trained by `make train-tiny`")
     engine.memory.reset()
     # A memory in use is full of other things.
-    others = cases.unrelated(2 * config.write_rows, lambda text: _tokens(engine, text))
+    others = cases.unrelated(2 * config.write_rows, cases.counter(engine))
     for _ in range(2 * config.memory_rows // config.write_rows):
         engine.update(next(others), chunk_tokens=None)
     questions = [fact.question(rng) for fact in told.values()]
-    report: dict = {"model": str(model), "facts": len(told)}
+    report: dict = {"model": str(MODEL), "facts": len(told)}
     before = [answer.text.strip() for answer in engine.generate(questions, max_tokens=ANSWER_TOKENS)]
     report["chunks"] = _tell(engine, text, rng, say)
     answers = engine.generate(questions, max_tokens=ANSWER_TOKENS)
     report["answers"] = _compare(list(told.values()), questions, before, answers, say)
     with tempfile.TemporaryDirectory(prefix="memkernel-demo-") as folder:
-        report["reload"] = _reload(engine, model, Path(folder) / "memory", questions[0], answers[0], say)
+        report["reload"] = _reload(engine, Path(folder) / "memory", questions[0], answers[0], say)
     report["fading"] = _fade(engine, list(told.values()), questions, others, say)
     if as_json:
         print(json.dumps(report))
     return 0 if report["reload"]["equal"] else 1
 
 
-def _tokens(engine: Engine, text: str) -> int:
-    return len(engine.tokenizer(text, add_special_tokens=False).input_ids)
-
-
 def _tell(engine: Engine, text: str, rng: random.Random, say: Callable) -> list[str]:
     """Update from the sentences of a text, as many at a time as the model was trained on."""
-    chunks = cases.updates_of(text, 2 * engine.config.write_rows, lambda text: _tokens(engine, text), rng)
+    chunks = cases.updates_of(text, 2 * engine.config.write_rows, cases.counter(engine), rng)
     say(f"\nTold, in {len(chunks)} updates:")
     for chunk in chunks:
         engine.update(chunk, chunk_tokens=None)
@@ -117,10 +113,10 @@ def _fade(engine: Engine, told: list[Fact], questions: list[str], others, say: C
     return rows
 
 
-def _reload(engine: Engine, model: Path, path: Path, question: str, answer: Completion, say: Callable) -> dict:
+def _reload(engine: Engine, path: Path, question: str, answer: Completion, say: Callable) -> dict:
     """Save the memory, have a second process load it and answer the same question, and compare the answers."""
     engine.memory.save(path)
-    command = [sys.executable, "-m", "memkernel", "ask", str(model), question, "--memory", str(path), "--json"]
+    command = [sys.executable, "-m", "memkernel", "ask", str(MODEL), question, "--memory", str(path), "--json"]
     command += ["--max-tokens", str(ANSWER_TOKENS), "--device", str(engine.memory.key.device)]
     command += ["--dtype", str(engine.memory.key.dtype).removeprefix("torch.")]
     second = subprocess.run(command, capture_output=True, text=True)

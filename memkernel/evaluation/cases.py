@@ -34,6 +34,12 @@ class Case:
 
 NO_ROOM = "longest: expected room for two facts, got {} tokens, which this tokenizer fills sooner"
 
+
+def counter(engine) -> Callable[[str], int]:
+    """How many tokens a text has."""
+    return lambda text: len(engine.tokenizer(text, add_special_tokens=False).input_ids) if text else 0
+
+
 # -- generated --------------------------------------------------------------------------------------------------------
 
 
@@ -46,6 +52,11 @@ def fitting(drawn: list[Fact], longest: int, count: Callable[[str], int], rng: r
             break
         text, told = longer, [*told, fact]
     return text, told
+
+
+def about_others(fact: Fact, number: int, rng: random.Random) -> list[Fact]:
+    """So many facts, less those of the fact's subject."""
+    return [other for other in facts.draw_facts(rng, number, True) if other.subject != fact.subject]
 
 
 def several_facts(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
@@ -67,13 +78,15 @@ def same_relation(longest: int, count: Callable[[str], int], rng: random.Random)
 
 
 def same_subject(longest: int, count: Callable[[str], int], rng: random.Random) -> Case:
-    """One update with two facts about one subject, which must not be mixed up."""
+    """One update with two facts about one subject, which must not be mixed up, among others."""
     for _ in range(1000):
         first = facts.draw_fact(rng, True)
         text, told = fitting([first, facts.draw_fact(rng, True, first)], longest, count, rng)
         if len(told) == 2:
+            others, _ = fitting(about_others(first, 16, rng), longest - count(text), count, rng)
+            texts = rng.sample([text, others], 2)
             questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in told)
-            return Case((text,), questions, "same subject")
+            return Case((" ".join(texts).strip(),), questions, "same subject")
     raise ValueError(NO_ROOM.format(longest))
 
 
@@ -81,7 +94,7 @@ def corrected(longest: int, count: Callable[[str], int], rng: random.Random) -> 
     """A fact, an update about other things, and a correction of the fact: the newer value is right."""
     old = facts.draw_fact(rng, True)
     new = facts.corrected(old, rng, True)
-    others = facts.draw_facts(rng, 64, True)
+    others = about_others(old, 64, rng)
     texts = [old.statement(rng), fitting(others[:32], longest, count, rng)[0], new.correction(rng)]
     # What is told with the fact and its correction fills their updates as usual.
     for i, part in ((0, others[32:48]), (2, others[48:])):
@@ -101,10 +114,13 @@ def generated(each: int, longest: int, count: Callable[[str], int], seed: int = 
 
 
 def unrelated(longest: int, count: Callable[[str], int], seed: int = 0, begin: int = 0) -> Iterator[str]:
-    """Texts about other people, places and things without end, from number `begin` on; each depends on its number."""
+    """Texts without end, from number `begin` on; each depends on its number.
+
+    They are about people, places and things of training: never about those of the cases, which are held out.
+    """
     while True:
         rng = random.Random(f"unrelated {seed} {begin}")
-        yield fitting(facts.draw_facts(rng, 16, True), longest, count, rng)[0]
+        yield fitting(facts.draw_facts(rng, 16, False), longest, count, rng)[0]
         begin += 1
 
 
@@ -112,8 +128,8 @@ def unrelated(longest: int, count: Callable[[str], int], seed: int = 0, begin: i
 
 
 def sentences(text: str) -> list[str]:
-    """What ends with a full stop, each on one line."""
-    return re.findall(r"[^.\s][^.]*\.", " ".join(text.split()))
+    """The sentences of a text, each on one line."""
+    return re.findall(r"[^.?!\s][^.?!]*[.?!]*", " ".join(text.split()))
 
 
 def updates_of(text: str, longest: int, count: Callable[[str], int], rng: random.Random) -> list[str]:

@@ -1,7 +1,6 @@
 """`memkernel eval`: the evaluations on the command line. torch is imported when one runs."""
 
 import argparse
-import json
 import random
 import sys
 from itertools import cycle
@@ -9,6 +8,7 @@ from pathlib import Path
 
 FORMATS = ("generated", "page", "squad", "nq")
 PUBLISHED_CHUNK = 512  # tokens that contexts are cut to, as published
+GENERATED = 32  # cases, of each kind
 
 
 def add_parser(commands) -> None:
@@ -20,7 +20,7 @@ def add_parser(commands) -> None:
         command = kinds.add_parser(run.__name__.strip("_"), help=text, description=text, allow_abbrev=False)
         command.set_defaults(run=run)
         command.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a hub id")
-        command.add_argument("--cases", type=int, default=32, help="how many (of each kind, where they are generated)")
+        command.add_argument("--cases", type=int, help="how many (default: 32 of each kind generated, all of a file)")
         command.add_argument("--seed", type=int, default=0, help="of generated cases and of what is dropped")
         command.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
         command.add_argument("--dtype", default="auto", help="auto (the default), float32, bfloat16, ...")
@@ -46,7 +46,7 @@ def add_parser(commands) -> None:
 def _engine(args: argparse.Namespace):
     from memkernel.engine import Engine
 
-    if args.cases < 1:
+    if args.cases is not None and args.cases < 1:
         raise ValueError(f"--cases: expected at least 1, got {args.cases}")
     if args.plot and args.out is None:
         raise ValueError("--plot: expected --out, the folder to draw into, got none")
@@ -56,19 +56,23 @@ def _engine(args: argparse.Namespace):
     return engine
 
 
-def _counter(engine):
-    return lambda text: len(engine.tokenizer(text, add_special_tokens=False).input_ids) if text else 0
+def _settings(args: argparse.Namespace, engine) -> dict:
+    """What the figures of a report depend on, beside the checkpoint."""
+    memory = engine.memory.key
+    facts = {"cases": args.cases, "seed": args.seed, "device": str(memory.device)}
+    return facts | {"dtype": str(memory.dtype).removeprefix("torch.")}
 
 
 def _finish(args: argparse.Namespace, kind: str, facts: dict) -> None:
+    """Write, draw and print the report."""
     from memkernel.cli import report
+    from memkernel.evaluation import plots
+    from memkernel.evaluation.integrity import write_json
 
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{kind}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write_json(args.out / f"{kind}.json", facts)
         if args.plot:
-            from memkernel.evaluation import plots
-
             getattr(plots, kind)(facts, args.out / f"{kind}.png")
     report(facts, args.json)
 
@@ -88,8 +92,9 @@ def _retention(args: argparse.Namespace) -> None:
         raise ValueError(f"--later: expected numbers from 0 on, got {min(args.later)}")
     if args.unrelated is None:
         engine = _engine(args)
-        count, longest = _counter(engine), 2 * engine.config.write_rows
+        count, longest = cases.counter(engine), 2 * engine.config.write_rows
         if args.file is None:
+            args.cases = args.cases or GENERATED
             told = cases.generated(args.cases, longest, count, args.seed)
         else:
             told = cases.page(args.file, longest, count, args.seed)[: args.cases]
@@ -102,7 +107,7 @@ def _retention(args: argparse.Namespace) -> None:
         unrelated = cycle([_cut(engine, text) for case in others for text in case.texts])
         match = retention.contains
     facts = retention.retention(engine, told, unrelated, tuple(args.later), match, progress=_progress(len(told)))
-    _finish(args, "retention", facts)
+    _finish(args, "retention", {"settings": _settings(args, engine)} | facts)
 
 
 def _cut(engine, text: str) -> str:
@@ -115,15 +120,16 @@ def _edits(args: argparse.Namespace) -> None:
 
     if args.plot:
         raise ValueError("--plot: edits have no plot")
-    made = edits.FILES[args.format](args.file, args.cases)
-    _finish(args, "edits", edits.edits(_engine(args), made, _progress(len(made))))
+    made, engine = edits.FILES[args.format](args.file, args.cases), _engine(args)
+    facts = edits.edits(engine, made, _progress(len(made)))
+    _finish(args, "edits", {"settings": _settings(args, engine)} | facts)
 
 
 def _integrity(args: argparse.Namespace) -> None:
     from memkernel.evaluation import cases, integrity
 
-    engine = _engine(args)
-    count, longest, rng = _counter(engine), 2 * engine.config.write_rows, random.Random(f"integrity {args.seed}")
+    engine, args.cases = _engine(args), args.cases or GENERATED
+    count, longest, rng = cases.counter(engine), 2 * engine.config.write_rows, random.Random(f"integrity {args.seed}")
     probed = [cases.several_facts(longest, count, rng) for _ in range(args.cases)]
     held_out = [cases.several_facts(longest, count, rng).texts[0] for _ in range(args.cases)]
 
@@ -133,5 +139,6 @@ def _integrity(args: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    facts = integrity.integrity(engine, args.updates, text_at, probed, held_out, args.out, say)
+    settings = _settings(args, engine)
+    facts = integrity.integrity(engine, args.updates, text_at, probed, held_out, args.out, settings, say)
     _finish(args, "integrity", facts)

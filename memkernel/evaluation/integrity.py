@@ -19,6 +19,7 @@ def integrity(
     cases: list[Case],
     held_out: list[str],
     folder: str | Path,
+    settings: dict,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Update `updates` times from an empty memory; probe after 1, 10, 100, ... and at the end.
@@ -28,8 +29,11 @@ def integrity(
         cases: told, each to a copy of the memory, and asked at every probe.
         held_out: texts whose perplexity is probed; not told.
         folder: keeps `integrity.json` and `integrity.memory`; a run that finds them there goes on with them.
-    Returns the JSON object: `probes`, each with the updates before it, recall right after telling, perplexity, for
-        every layer the root mean square and the largest magnitude of keys and values, and whether all are finite.
+        settings: what texts, cases and the engine depend on, as JSON: a run of others is not gone on with.
+    Returns the JSON object: `settings`, and `probes`, each with the updates before it, recall right after telling,
+        perplexity, for every layer the root mean square and the largest magnitude of keys and values, and whether all
+        are finite.
+    Raises ValueError if `folder` holds a run of other settings, or of more updates.
     """
     if updates < 1:
         raise ValueError(f"updates: expected at least 1, got {updates}")
@@ -38,8 +42,13 @@ def integrity(
     report, saved = folder / "integrity.json", folder / "integrity.memory"
     probes: list[dict] = []
     if report.exists() and saved.exists():
+        before = json.loads(report.read_text())
+        if before["settings"] != settings:
+            raise ValueError(f"{report}: settings: expected {settings}, got {before['settings']}")
         engine.memory.load(saved)
-        probes = [p for p in json.loads(report.read_text())["probes"] if p["updates"] <= engine.memory.step]
+        if engine.memory.step > updates:
+            raise ValueError(f"updates: expected at least the {engine.memory.step} that were done, got {updates}")
+        probes = [p for p in before["probes"] if p["updates"] <= engine.memory.step]
         say(f"going on after {engine.memory.step:,} updates")
     else:
         engine.memory.reset()
@@ -52,9 +61,14 @@ def integrity(
             say(" ".join(f"{name} {value:,.6g}" for name, value in probes[-1].items() if not isinstance(value, list)))
         if done == updates or done % SAVE_EVERY == 0:
             engine.memory.save(saved)
-            facts = json.dumps({"updates": done, "probes": probes}, indent=1)
-            write_whole(report, lambda path, facts=facts: path.write_text(facts + "\n"))
-    return {"updates": done, "probes": probes}
+            write_json(report, {"updates": done, "settings": settings, "probes": probes})
+    return {"updates": done, "settings": settings, "probes": probes}
+
+
+def write_json(path: Path, facts: dict) -> None:
+    """Write a report, whole or not at all."""
+    text = json.dumps(facts, indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def probe(engine, cases: list[Case], held_out: list[str]) -> dict:

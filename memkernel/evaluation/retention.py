@@ -33,8 +33,8 @@ def retention(
 
     Returns a JSON object: `curve`, for every t the recall over all questions, its standard error, recall(0) times the
     survival (1 - W/M)^t, and the recall of each kind of case; `empty_memory` and `foreign_memory`, the recall of the
-    same questions when nothing, or only the next case, was told; `newer_wins`, the share of corrected facts whose newer
-    value is given among those where either is.
+    same questions of an empty memory, and of one that was told the case before instead; `newer_wins`, the share of
+    corrected facts whose newer value is given among those where either is.
     """
     if not cases:
         raise ValueError("cases: expected at least one, got none")

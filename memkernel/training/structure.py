@@ -11,8 +11,9 @@ tokens the last W leave rows in memory, and so speak for the others too.
                   both note Anna) or noted the query itself (the next piece of a spelled word), as rows' own or carried;
                   and pass the word on
 
-What notes words and carries them stays as it begins, all else is trained. Without all this a model finds any town, or
-any in which someone lives, and thousands of steps go by in which a subject makes no difference.
+The matrices of the heads that note words and carry them, and the norms before them, stay as they begin; all else is
+trained, also what these heads read of the grammar's words and of bos. Without all this a model finds any town, or any
+in which someone lives, and thousands of steps go by in which a subject makes no difference.
 """
 
 import torch
@@ -34,12 +35,14 @@ DIFFER = 0.2  # of the usual random weights, added to the heads that are trained
 NOTE, RELATION, CARRY, FOUND = 0.6, 0.3, 0.8, 0.3  # lengths of what heads add, beside those of what they look at
 TURNING = 0.002  # radians a token: rotary pairs that are slower hardly tell apart where in memory a row is
 
-# Scores by distance, as (score, weight of its square error): of the last word before a token, itself not; where no word
-# is as near as `NONE_NEAR` says, heads look at bos, which holds no word.
-NEAR = (6.9, 9.6, 10.0, 9.1, 8.3, 7.9, 7.1, 5.0, 1.8, -0.9, -1.5, 0.4, 3.1)
-NEAR = {distance: (score, 3.0 if distance in (0, 2, 3, 4, 5) else 0.3) for distance, score in enumerate(NEAR)}
-FAR = (0.0, 0.001)
-NONE_NEAR = 7.35  # between the scores of a word at the longest distance of a subject and of the word itself
+# Scores by distance: of the last word before a token, itself not. They are what rotary pairs can do: falling from the
+# nearest word to the farthest distance of a subject from the end of its value, 5, and low for the word itself; what
+# they are beyond matters little. Where no word is as near as that, heads look at bos, which holds no word.
+SCORES_NEAR = (6.9, 9.6, 10.0, 9.1, 8.3, 7.9, 7.1, 5.0, 1.8, -0.9, -1.5, 0.4, 3.1)
+MATTERS, OFTEN = 3.0, (0, 2, 3, 4, 5)  # weight of the square error, at the distances where subjects are, and at 0
+NEAR = {distance: (score, MATTERS if distance in OFTEN else 0.3) for distance, score in enumerate(SCORES_NEAR)}
+FAR = (0.0, 0.001)  # score, and weight of its square error
+NONE_NEAR = 7.35  # between the scores at distance 5 and of the word itself
 # And of the token W before: distance less W. Others are below zero, which is the score of bos.
 THERE = {-2: (-1.0, 1.0), -1: (0.2, 3.0), 0: (0.7, 10.0), 1: (0.2, 3.0), 2: (-1.0, 1.0)}
 ELSEWHERE = (-2.5, 0.3)
@@ -69,11 +72,15 @@ def give_structure(config: ModelConfig, weights: dict[str, Tensor], generator: t
     Embeddings must be `vocabulary.word_codes` in the first part of the hidden states, and nothing in the others.
 
     Returns: masks, by name, of the elements that training leaves as they are.
-    Raises ValueError for a model of less than two layers or three groups of heads, or whose width has not four parts.
+    Raises ValueError for a model of less than two layers or three groups of heads, without bos, whose width has not
+    four parts with room for a word's own code, or whose heads have not three rotary pairs that hardly turn.
     """
-    if config.num_layers < 2 or config.num_kv_heads < 3 or config.hidden_size % PARTS:
-        raise ValueError(f"config: expected two layers, three groups of heads and a width of four parts, got {config}")
     S, W, E = config.hidden_size // PARTS, config.write_rows, config.hidden_size
+    if config.num_layers < 2 or config.num_kv_heads < 3 or E % PARTS or S <= SPECIAL_ELEMENTS or not config.has_bos:
+        raise ValueError(
+            "config: expected two layers, three groups of heads, a width of four parts of more than "
+            f"{SPECIAL_ELEMENTS} and bos, got {config}"
+        )
     structure = _Structure(config, weights)
     weights["bos_embedding"].zero_()[..., NOTED * S + COMMON] = E**0.5  # of an element that nothing else has
 
@@ -128,6 +135,11 @@ class _Structure:
         self.turning = (frequency >= TURNING).nonzero().flatten()
         self.frequency = frequency[self.turning]
         still = (frequency < TURNING).nonzero().flatten()
+        if len(still) < 3 or len(self.turning) < 3:
+            raise ValueError(
+                f"config: expected three rotary pairs that turn less than {TURNING} a token and three that turn more, "
+                f"got {len(still)} and {len(self.turning)}"
+            )
         self.to_bos, *still = torch.cat([still, still + self.D // 2]).tolist()
         self.to_words, *self.to_the_same = still
 
@@ -138,8 +150,16 @@ class _Structure:
         heads = slice(group * self.repeats, (group + 1) * self.repeats)
         return q[heads], k[group], v[group], o.unflatten(1, (-1, self.D))[:, heads]
 
-    def look_at_distance(self, layer, group, wanted, ridge, sharp, among):
-        """Score rows by distance, as `by_distance`, times how far along `among` [E] they are."""
+    def look_at_distance(
+        self,
+        layer: int,
+        group: int,
+        wanted: dict[int, tuple[float, float]],
+        ridge: float,
+        sharp: float,
+        among: Tensor,
+    ) -> None:
+        """Score rows by distance, as `by_distance`, times `sharp` and how far along `among` [E] they are."""
         query, key, *_ = self.parts(layer, group)
         cos, sin = by_distance(self.frequency, wanted, ridge)
         size = (cos**2 + sin**2) ** 0.25
@@ -148,7 +168,9 @@ class _Structure:
         query[:, self.turning, COMMON] = sharp**0.5 * cos / size
         query[:, self.turning + self.D // 2, COMMON] = -(sharp**0.5) * sin / size
 
-    def look_for_the_same(self, layer, group, asked, found, source, generator):
+    def look_for_the_same(
+        self, layer: int, group: int, asked: int, found: int, source: int, generator: torch.Generator
+    ) -> None:
         """Score rows with a word in part `source` whose part `found` holds the word of the query's part `asked`."""
         query, key, *_ = self.parts(layer, group)
         query.zero_(), key.zero_()
@@ -159,14 +181,15 @@ class _Structure:
             query[:, r, asked * self.S + SPECIAL_ELEMENTS : (asked + 1) * self.S] = direction
             key[r, found * self.S + SPECIAL_ELEMENTS : (found + 1) * self.S] = direction
 
-    def look_at_bos(self, layer, group, strength):
-        """Score bos, by which a group is held that finds nothing: its value holds nothing that is passed on."""
+    def look_at_bos(self, layer: int, group: int, strength: float) -> None:
+        """Score bos by `strength`: what a group that finds nothing looks at, since nothing of it is passed on."""
         query, key, *_ = self.parts(layer, group)
         query[:, self.to_bos, COMMON] = 1
         key[self.to_bos, NOTED * self.S + COMMON] = strength
 
-    def pass_on(self, layer, group, source, target, gain):
-        """Add a part of the row that is looked at to one of the query's, all but the element that every token has."""
+    def pass_on(self, layer: int, group: int, source: int, target: int, gain: float) -> None:
+        """Add part `source` of the row that is looked at, `gain` times as long, to part `target` of the query's, all
+        but the element that every token has."""
         *_, value, out = self.parts(layer, group)
         value.zero_(), out.zero_()
         for i in range(1, min(self.S, self.D)):

@@ -52,10 +52,12 @@ GEOMETRY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+SAY_EVERY = 200  # steps
 WARMUP = 50  # steps
 SLOW = 0.3  # of the learning rate, for the embedding and all that is not a matrix
 LAST_RATE = 0.05  # of the peak learning rate, at the end of the cosine
 CLIP = 1.0
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,11 @@ class Trainer:
     """A run in `folder`: settings, weights, optimizer and pools; `step` counts the steps that are done."""
 
     def __init__(self, folder: Path, settings: Settings, geometry: dict = GEOMETRY):
-        from tokenizers import Tokenizer
-
+        if settings.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {settings.dtype}")
         self.folder, self.settings = folder, settings
         folder.mkdir(parents=True, exist_ok=True)
-        vocabulary.write_tokenizer(folder, vocabulary.pieces())
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer = vocabulary.make_tokenizer(vocabulary.pieces())
         self.raw = geometry | {"vocab_size": self.tokenizer.get_vocab_size()}
         self.config = ModelConfig.from_dict(self.raw)
         generator = torch.Generator().manual_seed(settings.seed)
@@ -161,17 +162,19 @@ class Trainer:
     # -- held-out recall ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, later: tuple[int, ...] = (0, 2, 8), rounds: int = 1) -> dict[int, float]:
-        """Recall of held-out facts from whole pools, t updates after theirs, over all pools; the run stays as it is."""
-        longest, found = 2 * self.config.write_rows, dict.fromkeys(later, 0.0)
+    def evaluate(self, later: tuple[int, ...] = (0, 2, 8)) -> dict[int, float]:
+        """Recall of held-out facts from whole pools, t updates after theirs, over all pools; the run stays as it is.
+
+        Before the first step pools are empty.
+        """
+        longest, found = 2 * self.config.write_rows, {}
         for t in later:
-            for i in range(rounds):
-                rng = random.Random(f"held out {t} {i}")
-                generator = torch.Generator().manual_seed(i)
-                plan = Plan(1 + t, 0, False, False, longest, self.config.memory_rows // self.config.write_rows)
-                nothing = [[] for _ in range(self.settings.pools)]
-                episode = make_episode(plan, nothing, 2, 1, self.tokenizer, rng, held_out=True)
-                found[t] += self.run(plan, episode, self.pool, generator)[1] / rounds
+            rng, generator = random.Random(f"held out {t}"), torch.Generator().manual_seed(0)
+            # As if the first update's rows were read alone: then all questions are about it.
+            asked = Plan(1 + t, 0, True, self.pool is None, longest, self.config.memory_rows // self.config.write_rows)
+            nothing = [[] for _ in range(self.settings.pools)]
+            episode = make_episode(asked, nothing, 2, 1, self.tokenizer, rng, held_out=True)
+            found[t] = self.run(replace(asked, alone=False), episode, self.pool, generator)[1]
         return found
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -235,18 +238,18 @@ def score(logits: Tensor, target: Tensor, answer: Tensor) -> tuple[Tensor, float
     return F.cross_entropy(logits, target), (counts == 0).float().mean().item()
 
 
-def train(trainer: Trainer, say: Callable[[str], None], every: int = 200, save_every: int = 200) -> None:
-    """Run to the end, saving the state on the way and the checkpoint at the end."""
-    began, first, sums = time.perf_counter(), trainer.step, {"loss": 0.0, "recall": 0.0}
+def train(trainer: Trainer, say: Callable[[str], None], save_every: int = 200) -> None:
+    """Run to the end, saving the state on the way and the checkpoint at the end; every SAY_EVERY steps, say the means
+    since then or since the run went on, and the held-out recall."""
+    began, first, done = time.perf_counter(), trainer.step, []
     while trainer.step < trainer.settings.steps:
-        for name, value in trainer.train_step().items():
-            sums[name] += value
-        if trainer.step % every == 0:
+        done.append(trainer.train_step())
+        if trainer.step % SAY_EVERY == 0:
             rate = (time.perf_counter() - began) / (trainer.step - first)
             held_out = " ".join(f"{t}:{share:.2f}" for t, share in trainer.evaluate().items())
-            means = " ".join(f"{name} {value / every:.3f}" for name, value in sums.items())
+            means = " ".join(f"{name} {sum(step[name] for step in done) / len(done):.3f}" for name in done[0])
             say(f"step {trainer.step}/{trainer.settings.steps}  {means}  held-out {held_out}  {rate:.2f} s/step")
-            sums = dict.fromkeys(sums, 0.0)
+            done = []
         if trainer.step % save_every == 0:
             trainer.save()
     trainer.save()

@@ -79,10 +79,9 @@ def word_codes(vocabulary: list[str], width: int, generator: torch.Generator) ->
     return codes
 
 
-def write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
-    """Write the tokenizer of a vocabulary in Hugging Face's files."""
+def make_tokenizer(vocabulary: list[str]):
+    """The `tokenizers.Tokenizer` of a vocabulary."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     ids = {piece: i for i, piece in enumerate(vocabulary)}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="<unk>"))
@@ -91,4 +90,11 @@ def write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
     split_digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), split_digits])
     tokenizer.decoder = decoders.WordPiece(PREFIX)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
+    return tokenizer
+
+
+def write_tokenizer(folder: Path, vocabulary: list[str]) -> None:
+    """Write the tokenizer of a vocabulary in Hugging Face's files."""
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(vocabulary), **SPECIAL).save_pretrained(folder)
