@@ -141,3 +141,37 @@ def write_case(lab: Lab, M: int) -> Case:
 @pytest.mark.parametrize("M", [1600, 6400, 12800, 25600, 102400], ids="M{}".format)
 def bench_write(race, contender, M):
     race("write", {"M": M}, contender, lambda lab: write_case(lab, M))
+
+
+def copy_and_ranks_case(lab: Lab, M: int) -> Case:
+    """What no write can do without: as many bytes copied, to one place of each pool, and the ranks closed."""
+    config = lab.config
+    L, W, shape = config.num_layers, config.write_rows, (config.num_kv_heads, config.head_size)
+    pools, rows = ([lab.random(L, n, *shape, seed=seed + i) for i in (0, 1)] for n, seed in ((M, 2), (W, 4)))
+    oldest_first = torch.arange(M, dtype=torch.int32, device=lab.device).repeat(L, 1)
+    dropped = reference.draw_ranks(torch.tensor([7, 3], device=lab.device), L, M, W, False)
+
+    def copied(namespace) -> Callable[[], list[Tensor]]:
+        mine, rank = [pool.clone() for pool in pools], oldest_first.clone()
+
+        def call() -> list[Tensor]:
+            for pool, new in zip(mine, rows, strict=True):
+                pool[:, :W] = new
+            namespace.memory_write_([], rank, [], dropped)
+            return [*mine, rank]
+
+        return call
+
+    return Case(
+        builders={"memkernel": lambda: Contender(copied(ops), output=lambda: copied(ops)())},
+        truth=copied(reference)(),
+        bound=0.0,
+        work=lab.least.write(M),
+        cold=True,
+    )
+
+
+@pytest.mark.parametrize("contender", ["memkernel"])
+@pytest.mark.parametrize("M", [1600, 12800, 102400], ids="M{}".format)
+def bench_copy_and_ranks(race, contender, M):
+    race("copy and ranks", {"M": M}, contender, lambda lab: copy_and_ranks_case(lab, M))

@@ -177,7 +177,7 @@ def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) 
         state: [2] int64, (seed, step). shared: one draw for all layers (that of layer 0).
     Returns: [layers, count] int32, in the order drawn, on state's device.
     """
-    _check.draw_ranks(state, rows, count)
+    _check.draw_ranks(state, layers, rows, count)
     words = torch.stack([state[0], state[0] >> 32, state[1], state[1] >> 32]) & MASK_32
     layer_L1 = torch.arange(1 if shared else layers, device=state.device)[:, None]
     seed_L1 = _mix(layer_L1 + 0x9E3779B9 & MASK_32)

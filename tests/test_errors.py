@@ -184,6 +184,7 @@ BAD = {  # what is done, what the message must say
     "rotate_memory_": (lambda w: ops.rotate_memory_(ROWS, ROWS, RANK, TABLE, TABLE, 1), r"^rank: expected \[1, 4\]"),
     "memory_attention": (lambda w: ops.memory_attention(ROWS, ROWS.half(), *[ROWS] * 3, START), "^memory_key: "),
     "draw_ranks": (lambda w: ops.draw_ranks(START.repeat(2).long(), 1, 4, 5, False), "^count: expected 0 to 4"),
+    "draw_ranks-layers": (lambda w: ops.draw_ranks(START.repeat(2).long(), -1, 4, 2, False), "^layers: expected"),
     "memory_write_": (lambda w: ops.memory_write_([ROWS], RANK[:, :4], [], RANK[:, :2]), "^rows: expected one tensor"),
 } | {f"load-{name}": (read(name), f"{name}.memory: {name}: expected") for name in FACTS}
 # fmt: on
