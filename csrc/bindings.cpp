@@ -155,7 +155,7 @@ Tensor memory_attention(const Tensor& query, const Tensor& memory_key, const Ten
 
 Tensor draw_ranks(const Tensor& state, int64_t layers, int64_t rows, int64_t count, bool shared) {
   expect("state", state, {2}, ScalarType::Long);
-  if (layers < 0) fail("layers: expected at least 0, got " + std::to_string(layers));
+  expect_at_least_0("layers", layers);
   if (count < 0 || count > rows || rows > int64_t{1} << 31)
     fail("count: expected 0 to " + std::to_string(rows) + " of " + std::to_string(rows) + " rows, got " +
          std::to_string(count));

@@ -82,8 +82,7 @@ def memory_attention(
 
 def draw_ranks(state: Tensor, layers: int, rows: int, count: int) -> None:
     expect("state", state, (2,), torch.int64, state.device)
-    if layers < 0:
-        raise ValueError(f"layers: expected at least 0, got {layers}")
+    expect_at_least_0("layers", layers)
     if not 0 <= count <= rows or rows > 1 << 31:
         raise ValueError(f"count: expected 0 to {rows} of {rows} rows, got {count}")
 
