@@ -193,7 +193,8 @@ class Llama:
         normed = ops.rms_norm(rows, layer.input_norm, eps)
         if bos_rows:
             normed = torch.cat([ops.rms_norm(self.bos[index], layer.input_norm, eps)[None, None], normed], dim=1)
-        q = self._heads(layer.qkv.rows(0, split).write(normed[:, -queries:], ops))
+        # Without the batch: PyTorch multiplies a 3-d slice as a batch of products, for which it copies the weight.
+        q = self._heads(layer.qkv.rows(0, split).write(normed[0, -queries:], ops))[None]
         k, v = self._heads(layer.qkv.rows(split, None).write(normed, ops)).chunk(2, dim=2)
         key, value = torch.empty_like(k), torch.empty_like(v)
         start = torch.zeros(1, dtype=torch.int32, device=rows.device)
