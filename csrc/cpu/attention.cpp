@@ -14,13 +14,13 @@ namespace MEMKERNEL_ISA {
 namespace {
 
 constexpr int64_t TASK_ROWS = 256;    // about as many query rows, over all heads of a task
-constexpr int64_t SOME_ROWS = 48;     // packed, up to here memory is read more evenly in smaller blocks
-constexpr int64_t KEYS_OF_FEW = 64;   // in a block: of as many query rows as are not packed,
+constexpr int64_t SOME_ROWS = 48;     // up to here memory is read more evenly in smaller blocks
 constexpr int64_t KEYS_OF_SOME = 128;
 constexpr int64_t KEYS_OF_MANY = 256;
+constexpr int64_t KEYS_OF_TILE = 16;  // of a block, which all heads read before they go on, where none packs it
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
-static_assert(KEYS_OF_FEW % PANEL == 0 && KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
+static_assert(KEYS_OF_TILE % LANES == 0 && KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
 
 thread_local Buffer scratch_buffer;
 thread_local Buffer partial_buffer;
@@ -47,7 +47,8 @@ struct Task {
 
 struct Scratch {
   float *query, *key, *value;  // packed
-  float *score, *weight;       // of ROWS query rows to a block of keys
+  float *score, *weight;       // of ROWS query rows to a block of keys: of one head, or of all of a few rows
+  float* rescale;              // of earlier sums, likewise
   Softmax* softmax;            // the result so far, of all heads and rows
   float* sum;                  // of weight * value, likewise
 };
@@ -67,7 +68,8 @@ class Attention {
     max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
     head_blocks = ceil_div(a.G, max_heads);
     packs = max_rows > ROWS || a.D % PANEL != 0 || words % LANES != 0;
-    block_keys = !packs ? KEYS_OF_FEW : max_rows > SOME_ROWS ? KEYS_OF_MANY : KEYS_OF_SOME;
+    block_keys = max_rows > SOME_ROWS ? KEYS_OF_MANY : KEYS_OF_SOME;
+    weight_words = block_keys / PER_WORD<Scalar>;
     splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
     if (splits > 1) partials = partial_buffer.reserve<float>(tasks() * splits * partial_size());
   }
@@ -80,8 +82,6 @@ class Attention {
   }
 
  private:
-  static constexpr int64_t weight_words = KEYS_OF_MANY / PER_WORD<Scalar>;  // of a query row, for a block of keys
-
   const MemoryAttention& a;
   int64_t Q, N, X;            // query heads of a key/value head, sequences of a pool, query rows of a key/value head
   float scale;                // of scores, to exponents in base 2
@@ -90,6 +90,7 @@ class Attention {
   bool packs;                 // a block's keys and values before they are multiplied
   int64_t splits;             // of the keys of a task
   int64_t block_keys;         // multiplied at a time
+  int64_t weight_words;       // of a query row, for a block of keys
   float* partials = nullptr;  // of each task, and of each of its splits
 
   // The fewest splits that keep nine in ten threads busy, if all tasks take the same time.
@@ -166,17 +167,20 @@ class Attention {
     const Task task = this->task(i / splits);
     const int64_t heads_rows = max_heads * max_rows;
     const int64_t query_size = heads_rows * round_up(words, LANES);
-    const int64_t key_size = words * KEYS_OF_MANY;
-    const int64_t value_size = columns * weight_words;
-    const int64_t tile_size = ROWS * (KEYS_OF_MANY + weight_words);
-    float* const buffer = scratch_buffer.reserve<float>(query_size + key_size + value_size + tile_size + partial_size());
+    const int64_t key_size = packs ? words * KEYS_OF_MANY : 0;
+    const int64_t value_size = packs ? columns * weight_words : 0;
+    const int64_t score_rows = packs ? ROWS : max_heads * ROWS;
+    const int64_t softened_size = score_rows * (block_keys + weight_words) + round_up(score_rows, LANES);
+    float* const buffer =
+        scratch_buffer.reserve<float>(query_size + key_size + value_size + softened_size + partial_size());
     Scratch scratch;
     scratch.query = buffer;
     scratch.key = scratch.query + query_size;
     scratch.value = scratch.key + key_size;
     scratch.score = scratch.value + value_size;
-    scratch.weight = scratch.score + ROWS * KEYS_OF_MANY;
-    float* const partial = splits > 1 ? partials + i * partial_size() : scratch.weight + ROWS * weight_words;
+    scratch.weight = scratch.score + score_rows * block_keys;
+    scratch.rescale = scratch.weight + score_rows * weight_words;
+    float* const partial = splits > 1 ? partials + i * partial_size() : scratch.score + softened_size;
     scratch.softmax = reinterpret_cast<Softmax*>(partial);
     scratch.sum = partial + 2 * heads_rows;
     start(task, scratch);
@@ -214,9 +218,8 @@ class Attention {
       const int64_t last = min(end - offset, segment.keys);
       for (int64_t key = max(begin - offset, 0); key < last; key += block_keys) {
         const int64_t keys = min(block_keys, last - key);
-        for (int64_t h = 0; h < task.heads; h++) {
-          packs ? attend_packed(task, h, segment, key, keys, scratch) : attend_few(task, h, segment, key, keys, scratch);
-        }
+        if (!packs) attend_few(task, segment, key, keys, scratch);
+        for (int64_t h = 0; packs && h < task.heads; h++) attend_packed(task, h, segment, key, keys, scratch);
       }
       offset += segment.keys;
     }
@@ -226,25 +229,46 @@ class Attention {
     return {from + key * row + head * a.D, row, keys, words};
   }
 
-  // The segment's query rows, ROWS at most, as one tile.
-  void attend_few(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,
+  // The segment's query rows, ROWS at most. The heads' rows lie side by side, and all heads read some keys before any
+  // goes on: so memory is asked in its own order, by the products and by what they fetch ahead.
+  void attend_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys,
                   const Scratch& scratch) const {
     const int64_t rows = segment.last - segment.first;
     if (segment.seen(segment.last - 1) <= key) return;
-    const Rows<Scalar> key_rows = rows_of(segment.key, segment.key_row, task.head + h, key, keys);
-    const Rows<Scalar> value_rows = rows_of(segment.value, segment.value_row, task.head + h, key, keys);
-    // While a head of this block is multiplied, its share of the next block's rows is fetched, whole rows of all heads.
-    const int64_t next = key + block_keys + h * keys / task.heads;
-    const char* next_keys = reinterpret_cast<const char*>(segment.key + next * segment.key_row);
-    const char* next_values = reinterpret_cast<const char*>(segment.value + next * segment.value_row);
-    const int64_t row = h * max_rows + segment.first - task.first;
     const int64_t query_words = round_up(words, LANES);
-    run_rows<FewScores<Scalar>>(rows, {scratch.query + row * query_words, query_words, key_rows, scratch.score,
-                                       KEYS_OF_MANY, next_keys, next_values});
-    float rescale[ROWS];
-    soften_tile(segment, segment.first, rows, key, keys, row, scratch, rescale);
-    run_rows<FewSums<Scalar>>(rows, {scratch.weight, weight_words, value_rows, scratch.sum + row * columns, columns, rescale,
-                                next_values});
+    const auto row = [&](int64_t h) { return h * max_rows + segment.first - task.first; };
+    const auto for_tiles = [&](const auto& body) {
+      for (int64_t k = 0; k < keys; k += KEYS_OF_TILE) {
+        for (int64_t h = 0; h < task.heads; h++) body(k, min(KEYS_OF_TILE, keys - k), h);
+      }
+    };
+    // What head h fetches while it multiplies: its share of the tile that is read next.
+    const auto share = [&](const Scalar* next_tile, int64_t row, int64_t h) {
+      return reinterpret_cast<const char*>(next_tile + h * KEYS_OF_TILE * row / task.heads);
+    };
+    for_tiles([&](int64_t k, int64_t count, int64_t h) {
+      const int64_t next = key + k + KEYS_OF_TILE;
+      const char* const fetched = next < key + keys
+                                      ? share(segment.key + next * segment.key_row, segment.key_row, h)
+                                      : share(segment.value + key * segment.value_row, segment.value_row, h);
+      run_rows<FewScores<Scalar>>(rows, {scratch.query + row(h) * query_words, query_words,
+                                         rows_of(segment.key, segment.key_row, task.head + h, key + k, count),
+                                         scratch.score + h * ROWS * block_keys + k, block_keys, fetched});
+    });
+    for (int64_t h = 0; h < task.heads; h++) {
+      soften_rows(segment, segment.first, rows, key, keys, row(h), scratch, h * ROWS);
+    }
+    for_tiles([&](int64_t k, int64_t count, int64_t h) {
+      const int64_t next = key + k + KEYS_OF_TILE;
+      const char* const fetched = next < key + keys
+                                      ? share(segment.value + next * segment.value_row, segment.value_row, h)
+                                      : share(segment.key + (key + keys) * segment.key_row, segment.key_row, h);
+      const float* const weight = scratch.weight + h * ROWS * weight_words + k / PER_WORD<Scalar>;
+      const float* const rescale = k == 0 ? scratch.rescale + h * ROWS : ONES;
+      run_rows<FewSums<Scalar>>(rows, {weight, weight_words,
+                                       rows_of(segment.value, segment.value_row, task.head + h, key + k, count),
+                                       scratch.sum + row(h) * columns, columns, rescale, fetched});
+    });
   }
 
   void attend_packed(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,
@@ -283,27 +307,27 @@ class Attention {
       for (int64_t word = 0; word < words; word += SUM_STEPS) {
         multiply<Scalar>(rows, {scratch.query + row * query_words + word, query_words,
                                 scratch.key + k * words + word * PANEL, min(SUM_STEPS, words - word),
-                                scratch.score + k, KEYS_OF_MANY, word ? ONES : nullptr, &next_keys});
+                                scratch.score + k, block_keys, word ? ONES : nullptr, &next_keys});
       }
     }
-    float rescale[ROWS];
-    soften_tile(segment, x, rows, key, keys, row, scratch, rescale);
+    soften_rows(segment, x, rows, key, keys, row, scratch, 0);
     for (int64_t c = 0; c < columns; c += PANEL) {
       multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
-                              scratch.sum + row * columns + c, columns, rescale, &next_values});
+                              scratch.sum + row * columns + c, columns, scratch.rescale, &next_values});
     }
   }
 
-  // A tile's scores with a block of keys -> weights, and the factors of earlier sums.
-  void soften_tile(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
-                   const Scratch& scratch, float* rescale) const {
+  // Scores with a block of keys, of rows from `first_score` on -> weights, and the factors of earlier sums.
+  void soften_rows(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
+                   const Scratch& scratch, int64_t first_score) const {
     const int64_t padded_keys = round_up(keys, PANEL);
     for (int64_t r = 0; r < rows; r++) {
-      float* const score = scratch.score + r * KEYS_OF_MANY;
+      const int64_t i = first_score + r;
+      float* const score = scratch.score + i * block_keys;
       const int64_t seen = max(0, min(keys, segment.seen(x + r) - key));
       for (int64_t k = seen; k < padded_keys; k++) score[k] = -__builtin_inff();
-      float* const weight = scratch.weight + r * weight_words;
-      rescale[r] = soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], weight);
+      scratch.rescale[i] =
+          soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], scratch.weight + i * weight_words);
     }
   }
 

@@ -8,12 +8,10 @@
 namespace memkernel {
 namespace MEMKERNEL_ISA {
 
-// Where the next block lies. It is fetched line by line between the products, in its own order, into the first level:
-// the heads read a block in strides, which the processor's prefetchers do not see through. Half of the values are
-// fetched with the keys, so that memory is asked at an even rate.
-MEMKERNEL_INLINE void fetch(const char*& next, int lines) {
-  for (int i = 0; i < lines; i++) __builtin_prefetch(next + i * LINE, 0, 3);
-  next += lines * LINE;
+// Fetches lines of what is read next, in their order, as many as are read meanwhile: memory is asked at an even rate.
+template <int BYTES>
+MEMKERNEL_INLINE void fetch(const char* next) {
+  for (int i = 0; i < BYTES; i += LINE) __builtin_prefetch(next + i, 0, 3);
 }
 
 // A step of a transposing sum: of lanes S apart, those without bit S get the sum of a's, those with it of b's.
@@ -30,7 +28,7 @@ struct FewScores {
   Rows<Scalar> keys;
   float* score;
   int64_t score_row;
-  const char *&next_keys, *&next_values;
+  const char* next;
 
   // LANES partial sums of each of R scores of keys i and i + 1; missing keys are the last one.
   template <int R>
@@ -39,9 +37,7 @@ struct FewScores {
     const Scalar* const key_b = keys.from + min(i + 1, keys.rows - 1) * keys.row;
     for (int r = 0; r < R; r++) a[r] = b[r] = f32x{};
     for (int64_t word = 0; word < keys.words; word += LANES) {
-      constexpr int lines = max(1, 2 * LANES * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
-      fetch(next_keys, lines);
-      fetch(next_values, lines / 2);
+      fetch<2 * LANES * sizeof(float)>(next + (i * keys.words + 2 * word) * int64_t(sizeof(float)));
       const f32x words_a = load_words(key_a + word * PER_WORD<Scalar>);
       const f32x words_b = load_words(key_b + word * PER_WORD<Scalar>);
       for (int r = 0; r < R; r++) {
@@ -84,7 +80,7 @@ struct FewSums {
   float* sum;
   int64_t sum_row;
   const float* rescale;
-  const char*& next_values;
+  const char* next;
 
   // A panel of the values of one word of keys; if CHECKED, with zeros for a missing one.
   template <bool CHECKED>
@@ -101,8 +97,8 @@ struct FewSums {
   }
 
   template <bool CHECKED, int R>
-  MEMKERNEL_INLINE void multiply(int64_t step, int64_t column, f32x (&added)[R][VECTORS]) const {
-    fetch(next_values, max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE / 2));
+  MEMKERNEL_INLINE void multiply(int64_t step, int64_t column, const char* ahead, f32x (&added)[R][VECTORS]) const {
+    fetch<PANEL * sizeof(float)>(ahead + step * PANEL * int64_t(sizeof(float)));
     f32x part[VECTORS];
     load_step<CHECKED>(step, column, part);
     for (int r = 0; r < R; r++) {
@@ -115,9 +111,10 @@ struct FewSums {
   void run() const {
     const int64_t whole = values.rows / PER_WORD<Scalar>;
     for (int64_t column = 0; column < values.words * PER_WORD<Scalar>; column += PANEL) {
+      const char* const ahead = next + column * whole * int64_t(sizeof(float));
       f32x added[R][VECTORS] = {};
-      for (int64_t step = 0; step < whole; step++) multiply<false>(step, column, added);
-      if (whole * PER_WORD<Scalar> < values.rows) multiply<true>(whole, column, added);
+      for (int64_t step = 0; step < whole; step++) multiply<false>(step, column, ahead, added);
+      if (whole * PER_WORD<Scalar> < values.rows) multiply<true>(whole, column, ahead, added);
       for (int r = 0; r < R; r++) {
         for (int v = 0; v < VECTORS; v++) {
           float* const to = sum + r * sum_row + column + v * LANES;
