@@ -5,7 +5,8 @@
 
 namespace memkernel::MEMKERNEL_ISA {
 
-static constexpr int ROWS = 4;    // x rows at a time: as many share a load of W
+static constexpr int ROWS = 4;    // x rows at a time: as many share a load of W,
+static constexpr int COLUMNS = 4;  // and as many weight rows a load of x
 static constexpr int BLOCK = 64;  // weight rows that a thread takes at a time
 // Of one or two x rows, for which one weight row after the other is read:
 static constexpr int SUMS = 4;          // that do not wait for each other
@@ -136,9 +137,8 @@ struct LinearProduct {
     }
   }
 
-  template <int O>
   void columns(int64_t o, int64_t end) const {
-    for (; o + O <= end; o += O) column<O>(o);
+    for (; o + COLUMNS <= end; o += COLUMNS) column<COLUMNS>(o);
     for (; o < end; ++o) column<1>(o);
   }
 };
@@ -146,9 +146,6 @@ struct LinearProduct {
 template <class Scalar>
 static void multiply(const Linear& a, const Threads& threads) {
   const LinearProduct<Scalar> product(a);
-  // As many weight rows share a load of x. Eight fill 32 registers; read again for more x, they evict each other from the
-  // first-level cache, being a power of two apart.
-  const bool wide = LANES == 16 && a.N <= 2 * ROWS;
   int64_t next = 0;  // threads take blocks as they come: one may be slower than the others
   parallel(threads, threads.count, [&](int64_t) {
     for (int64_t o; (o = __atomic_fetch_add(&next, BLOCK, __ATOMIC_RELAXED)) < a.out;) {
@@ -158,7 +155,7 @@ static void multiply(const Linear& a, const Threads& threads) {
       else if (a.N == 2)
         product.template rows<2>(o, end);
       else
-        wide ? product.template columns<8>(o, end) : product.template columns<4>(o, end);
+        product.columns(o, end);
     }
   });
 }
