@@ -47,7 +47,8 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
     say(f"layer, {config.write_rows} of them rewritten by an update; trained by `make train-tiny`")
     engine.memory.reset()
     # A memory in use is full of other things.
-    others = cases.unrelated(2 * config.write_rows, cases.counter(engine))
+    known = frozenset(fact.subject for fact in told.values())
+    others = cases.unrelated(2 * config.write_rows, cases.counter(engine), known=known)
     for _ in range(2 * config.memory_rows // config.write_rows):
         engine.update(next(others), chunk_tokens=None)
     questions = [fact.question(rng) for fact in told.values()]

@@ -137,9 +137,14 @@ def test_unrelated_texts_depend_on_their_number_alone():
     assert texts[2:] == [next(other) for _ in range(2)] and len(set(texts)) == 4
     told = [facts.read(sentence) for text in texts for sentence in cases.sentences(text)]
     assert len(told) > 10 and not any(words.is_held_out(fact.subject) for fact in told)
+    known = frozenset(fact.subject for fact in told[:3])
+    others = cases.unrelated(30, length, known=known)
+    assert not any(facts.read(s).subject in known for _ in range(4) for s in cases.sentences(next(others)))
 
 
-@pytest.mark.parametrize("text", ["Anna left.  Ben\nstayed.", "Anna left. Ben stayed", "Anna left! Ben stayed?!"])
+@pytest.mark.parametrize(
+    "text", ["Anna left.  Ben\nstayed.", "It cost 3.5 euros. Ben stayed", "Anna left! Ben stayed?!"]
+)
 def test_all_of_a_text_is_told(text):
     first, second = cases.sentences(text)
     assert f"{first} {second}" == " ".join(text.split())
@@ -219,7 +224,8 @@ def test_a_page_is_read(tmp_path):
     def count(text):
         return 2 * len(text.split())
 
-    first, second = cases.page(tmp_path / "page.txt", 32, count)
+    (first, second), subjects = cases.page(tmp_path / "page.txt", 32, count)
+    assert subjects == {"Mila", "kites", "Nadia"}
     assert first.texts == ("Mila lives in Dresden. The kites are made of silk. Now Mila lives in Tampere.",)
     assert second.texts[0].endswith(". Nadia owns a hen.") and count(second.texts[0]) >= MIN_TOKENS
     assert [question.answers for case in (first, second) for question in case.questions] == [
@@ -315,6 +321,11 @@ def test_integrity_goes_on_where_it_ended(checkpoint, tmp_path, monkeypatch):
     whole = run_integrity(checkpoint, tmp_path / "whole", 24)
     assert [probe["updates"] for probe in whole["probes"]] == [1, 10, 24]
     assert all(probe["finite"] and len(probe["key_rms"]) == 2 for probe in whole["probes"])
+    last, engine = whole["probes"][-1], Engine.from_pretrained(checkpoint, device="cpu", dtype="float32")
+    engine.memory.load(tmp_path / "whole" / "integrity.memory")
+    ids = engine.tokenizer("Anna lives in Oslo.", add_special_tokens=False).input_ids
+    log_p = engine.logits(ids).squeeze().log_softmax(-1)[:-1].gather(-1, torch.tensor(ids)[1:, None])
+    assert last["perplexity"] == pytest.approx((-log_p.mean()).exp().item(), rel=1e-4) and last["recall"] == 0
     with pytest.raises(KeyboardInterrupt):
         run_integrity(checkpoint, tmp_path / "parts", 24, stop_at=13)
     assert json.loads((tmp_path / "parts" / "integrity.json").read_text())["updates"] == 10
@@ -333,7 +344,8 @@ def test_the_commands_write_json_and_plots(checkpoint, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert [point["t"] for point in facts["curve"]] == [0, 1, 3] and facts["cases"] == 8
     assert json.loads((tmp_path / "retention.json").read_text()) == facts
-    assert facts["settings"] == {"cases": 2, "seed": 0, "device": "cpu", "dtype": "float32"}
+    settings = {"format": "generated", "file": None, "unrelated": None, "cases": 2, "seed": 0}
+    assert facts["settings"] == settings | {"device": "cpu", "dtype": "float32"}
     assert cli.main(["eval", "integrity", str(checkpoint), "--updates", "3", "--plot", *common]) == 0
     assert json.loads(capsys.readouterr().out)["probes"][-1]["updates"] == 3
     for kind in ("retention", "integrity"):
@@ -361,6 +373,7 @@ def test_the_commands_read_files(checkpoint, tmp_path, capsys):
         (["retention", "{folder}", "--format", "page", "--file", "nowhere.txt"], "nowhere.txt: expected a file"),
         (["retention", "{folder}", "--later", "-1"], "--later: expected"),
         (["retention", "{folder}", "--cases", "0"], "--cases: expected"),
+        (["edits", "{folder}", "zsre", "nowhere.json", "--cases", "0"], "--cases: expected"),
         (["retention", "{folder}", "--plot"], "--plot: expected --out"),
         (["edits", "{folder}", "zsre", "nowhere.json"], "nowhere.json: expected a file of JSON"),
         (["integrity", "{folder}", "--updates", "0", "--out", "{out}"], "updates: expected at least 1"),

@@ -281,6 +281,18 @@ def test_training_learns_to_remember(tmp_path):
     assert trainer.evaluate(later=(0,))[0] > 0.3
 
 
+@pytest.mark.parametrize(
+    "settings,change,message",
+    [
+        ({"dtype": "float16"}, {}, "dtype: expected one of float32"),
+        ({}, {"rope_theta": 10.0}, "expected three rotary pairs"),
+    ],
+)
+def test_settings_that_cannot_train_are_refused(tmp_path, settings, change, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(tmp_path, dataclasses.replace(QUICK, **settings), SMALL | change)
+
+
 def test_what_is_held_out_is_asked_of_the_first_update(tmp_path, monkeypatch):
     trainer, texts, asked = Trainer(tmp_path, QUICK, SMALL), [], []
     run = trainer.run

@@ -49,6 +49,7 @@ struct Scratch {
   float *query, *key, *value;  // packed
   float *score, *weight;       // of ROWS query rows to a block of keys: of one head, or of all of a few rows
   float* rescale;              // of earlier sums, likewise
+  float* added;                // a block's share of the sums of a few rows
   Softmax* softmax;            // the result so far, of all heads and rows
   float* sum;                  // of weight * value, likewise
 };
@@ -67,7 +68,7 @@ class Attention {
     row_blocks = ceil_div(X, max_rows);
     max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
     head_blocks = ceil_div(a.G, max_heads);
-    packs = max_rows > ROWS || a.D % PANEL != 0 || words % LANES != 0;
+    packs = max_rows > ROWS || a.D % PANEL != 0;
     block_keys = max_rows > SOME_ROWS ? KEYS_OF_MANY : KEYS_OF_SOME;
     weight_words = block_keys / PER_WORD<Scalar>;
     splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
@@ -167,12 +168,13 @@ class Attention {
     const Task task = this->task(i / splits);
     const int64_t heads_rows = max_heads * max_rows;
     const int64_t query_size = heads_rows * round_up(words, LANES);
-    const int64_t key_size = packs ? words * KEYS_OF_MANY : 0;
+    const int64_t key_size = packs ? words * block_keys : 0;
     const int64_t value_size = packs ? columns * weight_words : 0;
     const int64_t score_rows = packs ? ROWS : max_heads * ROWS;
     const int64_t softened_size = score_rows * (block_keys + weight_words) + round_up(score_rows, LANES);
-    float* const buffer =
-        scratch_buffer.reserve<float>(query_size + key_size + value_size + softened_size + partial_size());
+    const int64_t added_size = packs ? 0 : score_rows * columns;
+    float* const buffer = scratch_buffer.reserve<float>(query_size + key_size + value_size + softened_size + added_size +
+                                                        partial_size());
     Scratch scratch;
     scratch.query = buffer;
     scratch.key = scratch.query + query_size;
@@ -180,7 +182,8 @@ class Attention {
     scratch.score = scratch.value + value_size;
     scratch.weight = scratch.score + score_rows * block_keys;
     scratch.rescale = scratch.weight + score_rows * weight_words;
-    float* const partial = splits > 1 ? partials + i * partial_size() : scratch.score + softened_size;
+    scratch.added = scratch.score + softened_size;
+    float* const partial = splits > 1 ? partials + i * partial_size() : scratch.added + added_size;
     scratch.softmax = reinterpret_cast<Softmax*>(partial);
     scratch.sum = partial + 2 * heads_rows;
     start(task, scratch);
@@ -234,7 +237,6 @@ class Attention {
   void attend_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys,
                   const Scratch& scratch) const {
     const int64_t rows = segment.last - segment.first;
-    if (segment.seen(segment.last - 1) <= key) return;
     const int64_t query_words = round_up(words, LANES);
     const auto row = [&](int64_t h) { return h * max_rows + segment.first - task.first; };
     const auto for_tiles = [&](const auto& body) {
@@ -243,8 +245,8 @@ class Attention {
       }
     };
     // What head h fetches while it multiplies: its share of the tile that is read next.
-    const auto share = [&](const Scalar* next_tile, int64_t row, int64_t h) {
-      return reinterpret_cast<const char*>(next_tile + h * KEYS_OF_TILE * row / task.heads);
+    const auto share = [&](const Scalar* next_tile, int64_t stride, int64_t h) {
+      return reinterpret_cast<const char*>(next_tile + h * KEYS_OF_TILE * stride / task.heads);
     };
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
       const int64_t next = key + k + KEYS_OF_TILE;
@@ -264,11 +266,18 @@ class Attention {
                                       ? share(segment.value + next * segment.value_row, segment.value_row, h)
                                       : share(segment.key + (key + keys) * segment.key_row, segment.key_row, h);
       const float* const weight = scratch.weight + h * ROWS * weight_words + k / PER_WORD<Scalar>;
-      const float* const rescale = k == 0 ? scratch.rescale + h * ROWS : ONES;
       run_rows<FewSums<Scalar>>(rows, {weight, weight_words,
                                        rows_of(segment.value, segment.value_row, task.head + h, key + k, count),
-                                       scratch.sum + row(h) * columns, columns, rescale, fetched});
+                                       scratch.added + h * ROWS * columns, columns, k == 0, fetched});
     });
+    for (int64_t h = 0; h < task.heads; h++) {  // once a block: a long sum has a larger error
+      for (int64_t r = 0; r < rows; r++) {
+        float* const sum = scratch.sum + (row(h) + r) * columns;
+        const float* const added = scratch.added + (h * ROWS + r) * columns;
+        const f32x rescale = broadcast(scratch.rescale[h * ROWS + r]);
+        for (int64_t d = 0; d < columns; d += LANES) store(sum + d, fma(load(sum + d), rescale, load(added + d)));
+      }
+    }
   }
 
   void attend_packed(const Task& task, int64_t h, const Segment<Scalar>& segment, int64_t key, int64_t keys,

@@ -8,10 +8,13 @@
 namespace memkernel {
 namespace MEMKERNEL_ISA {
 
+template <class Scalar>
+constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
+
 // Fetches lines of what is read next, in their order, as many as are read meanwhile: memory is asked at an even rate.
-template <int BYTES>
+template <int64_t BYTES>
 MEMKERNEL_INLINE void fetch(const char* next) {
-  for (int i = 0; i < BYTES; i += LINE) __builtin_prefetch(next + i, 0, 3);
+  for (int64_t i = 0; i < BYTES; i += LINE) __builtin_prefetch(next + i, 0, 3);
 }
 
 // A step of a transposing sum: of lanes S apart, those without bit S get the sum of a's, those with it of b's.
@@ -37,7 +40,7 @@ struct FewScores {
     const Scalar* const key_b = keys.from + min(i + 1, keys.rows - 1) * keys.row;
     for (int r = 0; r < R; r++) a[r] = b[r] = f32x{};
     for (int64_t word = 0; word < keys.words; word += LANES) {
-      fetch<2 * LANES * sizeof(float)>(next + (i * keys.words + 2 * word) * int64_t(sizeof(float)));
+      fetch<2 * LANES * WORD_BYTES<Scalar>>(next + (i * keys.words + 2 * word) * WORD_BYTES<Scalar>);
       const f32x words_a = load_words(key_a + word * PER_WORD<Scalar>);
       const f32x words_b = load_words(key_b + word * PER_WORD<Scalar>);
       for (int r = 0; r < R; r++) {
@@ -71,7 +74,7 @@ struct FewScores {
   }
 };
 
-// sum = rescale * sum + weight * value. The numbers of a row are a multiple of PANEL.
+// sum += weight * value, or = if that is all so far. The numbers of a row are a multiple of PANEL.
 template <class Scalar>
 struct FewSums {
   const float* weight;  // packed rows
@@ -79,7 +82,7 @@ struct FewSums {
   Rows<Scalar> values;
   float* sum;
   int64_t sum_row;
-  const float* rescale;
+  bool all;
   const char* next;
 
   // A panel of the values of one word of keys; if CHECKED, with zeros for a missing one.
@@ -98,7 +101,7 @@ struct FewSums {
 
   template <bool CHECKED, int R>
   MEMKERNEL_INLINE void multiply(int64_t step, int64_t column, const char* ahead, f32x (&added)[R][VECTORS]) const {
-    fetch<PANEL * sizeof(float)>(ahead + step * PANEL * int64_t(sizeof(float)));
+    fetch<PANEL * WORD_BYTES<Scalar>>(ahead + step * PANEL * WORD_BYTES<Scalar>);
     f32x part[VECTORS];
     load_step<CHECKED>(step, column, part);
     for (int r = 0; r < R; r++) {
@@ -111,14 +114,14 @@ struct FewSums {
   void run() const {
     const int64_t whole = values.rows / PER_WORD<Scalar>;
     for (int64_t column = 0; column < values.words * PER_WORD<Scalar>; column += PANEL) {
-      const char* const ahead = next + column * whole * int64_t(sizeof(float));
+      const char* const ahead = next + column * whole * WORD_BYTES<Scalar>;
       f32x added[R][VECTORS] = {};
       for (int64_t step = 0; step < whole; step++) multiply<false>(step, column, ahead, added);
       if (whole * PER_WORD<Scalar> < values.rows) multiply<true>(whole, column, ahead, added);
       for (int r = 0; r < R; r++) {
         for (int v = 0; v < VECTORS; v++) {
           float* const to = sum + r * sum_row + column + v * LANES;
-          store(to, fma(load(to), broadcast(rescale[r]), added[r][v]));
+          store(to, all ? added[r][v] : load(to) + added[r][v]);
         }
       }
     }

@@ -5,9 +5,9 @@
 
 namespace memkernel::MEMKERNEL_ISA {
 
-static constexpr int ROWS = 4;    // x rows at a time: as many share a load of W,
+static constexpr int ROWS = 4;     // x rows at a time: as many share a load of W,
 static constexpr int COLUMNS = 4;  // and as many weight rows a load of x
-static constexpr int BLOCK = 64;  // weight rows that a thread takes at a time
+static constexpr int BLOCK = 64;   // weight rows that a thread takes at a time
 // Of one or two x rows, for which one weight row after the other is read:
 static constexpr int SUMS = 4;          // that do not wait for each other
 static constexpr int AHEAD = 16 << 10;  // bytes of W that are fetched ahead
@@ -96,33 +96,30 @@ struct LinearProduct {
         store_first(static_cast<Scalar*>(a.y) + (n + j) * a.out + o + k, broadcast(sum_lanes(sums[j][k])), 1);
   }
 
-  // y[n, o] for all N rows of x.
-  template <int N>
-  void row(int64_t o) const {
-    const Scalar* w = static_cast<const Scalar*>(a.weight) + o * a.weight_out;
-    f32x sums[SUMS][N] = {};
-    const auto add = [&](int64_t i, typename D::Numbers weights, f32x (&sum)[N]) {
-      for (int j = 0; j < N; ++j) sum[j] = D::add(sum[j], weights, D::load_packed(x + i * N + j * D::SIZE));
-    };
-    int64_t i = 0;
-    for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE)
-      for (int s = 0; s < SUMS; ++s) {
-        const Scalar* from = w + i + s * D::SIZE;
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD, 0, 3);
-        add(i + s * D::SIZE, D::load_weights(from), sums[s]);
-      }
-    for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);
-    if (i < a.in) add(i, D::load_weights(w + i, a.in - i), sums[0]);
-    for (int j = 0; j < N; ++j) {
-      for (int s = 1; s < SUMS; ++s) sums[0][j] = sums[0][j] + sums[s][j];
-      store_first(static_cast<Scalar*>(a.y) + j * a.out + o, broadcast(sum_lanes(sums[0][j])), 1);
-    }
-  }
-
-  // One weight row after the other: W is read as it lies, which gains more than loads of x that weight rows share.
+  // All N rows of x against one weight row after the other: W is read as it lies, which gains more than loads of x that
+  // weight rows share.
   template <int N>
   void rows(int64_t o, int64_t end) const {
-    for (; o < end; ++o) row<N>(o);
+    for (; o < end; ++o) {
+      const Scalar* w = static_cast<const Scalar*>(a.weight) + o * a.weight_out;
+      f32x sums[SUMS][N] = {};
+      const auto add = [&](int64_t i, typename D::Numbers weights, f32x (&sum)[N]) {
+        for (int j = 0; j < N; ++j) sum[j] = D::add(sum[j], weights, D::load_packed(x + i * N + j * D::SIZE));
+      };
+      int64_t i = 0;
+      for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE)
+        for (int s = 0; s < SUMS; ++s) {
+          const Scalar* from = w + i + s * D::SIZE;
+          __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD, 0, 3);
+          add(i + s * D::SIZE, D::load_weights(from), sums[s]);
+        }
+      for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);
+      if (i < a.in) add(i, D::load_weights(w + i, a.in - i), sums[0]);
+      for (int j = 0; j < N; ++j) {
+        for (int s = 1; s < SUMS; ++s) sums[0][j] = sums[0][j] + sums[s][j];
+        store_first(static_cast<Scalar*>(a.y) + j * a.out + o, broadcast(sum_lanes(sums[0][j])), 1);
+      }
+    }
   }
 
   // All rows of x against O weight rows, which stay cached from the first tile on.

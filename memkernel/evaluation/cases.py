@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from memkernel.cli import read_texts
 from memkernel.engine import MIN_TOKENS
 from memkernel.training import facts
 from memkernel.training.facts import Fact
@@ -113,14 +114,18 @@ def generated(each: int, longest: int, count: Callable[[str], int], seed: int = 
     ]
 
 
-def unrelated(longest: int, count: Callable[[str], int], seed: int = 0, begin: int = 0) -> Iterator[str]:
+def unrelated(
+    longest: int, count: Callable[[str], int], seed: int = 0, begin: int = 0, known: frozenset[str] = frozenset()
+) -> Iterator[str]:
     """Texts without end, from number `begin` on; each depends on its number.
 
-    They are about people, places and things of training: never about those of the cases, which are held out.
+    They are about people, places and things of training, never about those of generated cases, which are held out; and
+    not about those that are `known`.
     """
     while True:
         rng = random.Random(f"unrelated {seed} {begin}")
-        yield fitting(facts.draw_facts(rng, 16, False), longest, count, rng)[0]
+        drawn = [fact for fact in facts.draw_facts(rng, 16, False) if fact.subject not in known]
+        yield fitting(drawn, longest, count, rng)[0]
         begin += 1
 
 
@@ -129,7 +134,7 @@ def unrelated(longest: int, count: Callable[[str], int], seed: int = 0, begin: i
 
 def sentences(text: str) -> list[str]:
     """The sentences of a text, each on one line."""
-    return re.findall(r"[^.?!\s][^.?!]*[.?!]*", " ".join(text.split()))
+    return re.split(r"(?<=[.?!]) ", " ".join(text.split()))
 
 
 def updates_of(text: str, longest: int, count: Callable[[str], int], rng: random.Random) -> list[str]:
@@ -150,23 +155,24 @@ def updates_of(text: str, longest: int, count: Callable[[str], int], rng: random
     return updates
 
 
-def page(path: str | Path, longest: int, count: Callable[[str], int], seed: int = 0) -> list[Case]:
-    """The updates of a text file that state facts in the shapes of `training.facts`, with questions about these.
+def page(
+    path: str | Path, longest: int, count: Callable[[str], int], seed: int = 0
+) -> tuple[list[Case], frozenset[str]]:
+    """The updates of a text file that state facts in the shapes of `training.facts`, with questions about these; and
+    the subjects of these facts.
 
     Raises ValueError naming the file if it cannot be read or states none.
     """
-    rng, made = random.Random(f"page {seed}"), []
-    try:
-        text = Path(path).read_text()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a file of UTF-8 text: {error}") from None
+    rng, made, subjects = random.Random(f"page {seed}"), [], set()
+    (text,) = read_texts([str(path)])
     for update in updates_of(text, longest, count, rng):
         told = {fact.key: fact for fact in map(facts.read, sentences(update)) if fact is not None}
         questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in told.values())
         made += [Case((update,), questions, "page")] if told else []
+        subjects |= {fact.subject for fact in told.values()}
     if not made:
         raise ValueError(f"{path}: expected a fact, such as 'Mila lives in Dresden.', got none")
-    return made
+    return made, frozenset(subjects)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def add_parser(commands) -> None:
         command.set_defaults(run=run)
         command.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or a hub id")
         command.add_argument("--cases", type=int, help="how many (default: 32 of each kind generated, all of a file)")
-        command.add_argument("--seed", type=int, default=0, help="of generated cases and of what is dropped")
+        command.add_argument("--seed", type=int, default=0, help="of generated cases, questions and side texts")
         command.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
         command.add_argument("--dtype", default="auto", help="auto (the default), float32, bfloat16, ...")
         command.add_argument("--json", action="store_true", help="report as one JSON object on stdout")
@@ -43,13 +43,16 @@ def add_parser(commands) -> None:
     integrity.add_argument("--out", type=Path, required=True, help="folder of the run: results and the memory")
 
 
-def _engine(args: argparse.Namespace):
-    from memkernel.engine import Engine
-
+def _check(args: argparse.Namespace) -> None:
     if args.cases is not None and args.cases < 1:
         raise ValueError(f"--cases: expected at least 1, got {args.cases}")
     if args.plot and args.out is None:
         raise ValueError("--plot: expected --out, the folder to draw into, got none")
+
+
+def _engine(args: argparse.Namespace):
+    from memkernel.engine import Engine
+
     engine = Engine.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype, seed=args.seed)
     if engine.tokenizer is None:
         raise ValueError(f"CHECKPOINT: expected one with a tokenizer, {args.checkpoint} has none")
@@ -58,9 +61,9 @@ def _engine(args: argparse.Namespace):
 
 def _settings(args: argparse.Namespace, engine) -> dict:
     """What the figures of a report depend on, beside the checkpoint."""
+    given = {name: getattr(args, name) for name in ("format", "file", "unrelated", "cases", "seed") if name in args}
     memory = engine.memory.key
-    facts = {"cases": args.cases, "seed": args.seed, "device": str(memory.device)}
-    return facts | {"dtype": str(memory.dtype).removeprefix("torch.")}
+    return given | {"device": str(memory.device), "dtype": str(memory.dtype).removeprefix("torch.")}
 
 
 def _finish(args: argparse.Namespace, kind: str, facts: dict) -> None:
@@ -84,6 +87,7 @@ def _progress(total: int):
 def _retention(args: argparse.Namespace) -> None:
     from memkernel.evaluation import cases, retention
 
+    _check(args)
     if (args.file is None) != (args.format == "generated"):
         raise ValueError("--file: expected it with --format page, squad or nq, and only then")
     if (args.unrelated is None) != (args.format not in cases.RETENTION_FILES):
@@ -95,10 +99,11 @@ def _retention(args: argparse.Namespace) -> None:
         count, longest = cases.counter(engine), 2 * engine.config.write_rows
         if args.file is None:
             args.cases = args.cases or GENERATED
-            told = cases.generated(args.cases, longest, count, args.seed)
+            told, known = cases.generated(args.cases, longest, count, args.seed), frozenset()
         else:
-            told = cases.page(args.file, longest, count, args.seed)[: args.cases]
-        unrelated, match = cases.unrelated(longest, count, args.seed), retention.exact
+            told, known = cases.page(args.file, longest, count, args.seed)
+            told = told[: args.cases]
+        unrelated, match = cases.unrelated(longest, count, args.seed, known=known), retention.exact
     else:
         read = cases.RETENTION_FILES[args.format]
         told, others = read(args.file, args.cases), read(args.unrelated, 1000)
@@ -118,6 +123,7 @@ def _cut(engine, text: str) -> str:
 def _edits(args: argparse.Namespace) -> None:
     from memkernel.evaluation import edits
 
+    _check(args)
     if args.plot:
         raise ValueError("--plot: edits have no plot")
     made, engine = edits.FILES[args.format](args.file, args.cases), _engine(args)
@@ -128,6 +134,7 @@ def _edits(args: argparse.Namespace) -> None:
 def _integrity(args: argparse.Namespace) -> None:
     from memkernel.evaluation import cases, integrity
 
+    _check(args)
     engine, args.cases = _engine(args), args.cases or GENERATED
     count, longest, rng = cases.counter(engine), 2 * engine.config.write_rows, random.Random(f"integrity {args.seed}")
     probed = [cases.several_facts(longest, count, rng) for _ in range(args.cases)]

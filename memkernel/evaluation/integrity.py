@@ -43,8 +43,8 @@ def integrity(
     probes: list[dict] = []
     if report.exists() and saved.exists():
         before = json.loads(report.read_text())
-        if before["settings"] != settings:
-            raise ValueError(f"{report}: settings: expected {settings}, got {before['settings']}")
+        if before.get("settings") != settings:
+            raise ValueError(f"{report}: settings: expected {settings}, got {before.get('settings')}")
         engine.memory.load(saved)
         if engine.memory.step > updates:
             raise ValueError(f"updates: expected at least the {engine.memory.step} that were done, got {updates}")
@@ -60,8 +60,9 @@ def integrity(
             probes = [p for p in probes if p["updates"] != done] + [{"updates": done} | probe(engine, cases, held_out)]
             say(" ".join(f"{name} {value:,.6g}" for name, value in probes[-1].items() if not isinstance(value, list)))
         if done == updates or done % SAVE_EVERY == 0:
-            engine.memory.save(saved)
+            # The report first: probes that are ahead of the memory are made again, those behind would be missing.
             write_json(report, {"updates": done, "settings": settings, "probes": probes})
+            engine.memory.save(saved)
     return {"updates": done, "settings": settings, "probes": probes}
 
 

@@ -73,7 +73,8 @@ def give_structure(config: ModelConfig, weights: dict[str, Tensor], generator: t
 
     Returns: masks, by name, of the elements that training leaves as they are.
     Raises ValueError for a model of less than two layers or three groups of heads, without bos, whose width has not
-    four parts with room for a word's own code, or whose heads have not three rotary pairs that hardly turn.
+    four parts with room for a word's own code, or whose heads have not three rotary pairs that turn and three that
+    hardly do.
     """
     S, W, E = config.hidden_size // PARTS, config.write_rows, config.hidden_size
     if config.num_layers < 2 or config.num_kv_heads < 3 or E % PARTS or S <= SPECIAL_ELEMENTS or not config.has_bos:

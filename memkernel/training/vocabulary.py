@@ -1,8 +1,8 @@
-"""The tokenizer of generated English: words of the grammars and the lists whole, every other by syllables and letters.
+"""The tokenizer of generated English: words of the grammars and the lists whole, every other in pieces.
 
-Such a word is split greedily into the longest pieces from the left ("Vilora" -> Vil ##o ##ra, "Zanthor" -> Zan ##t
-##hor), which training has seen in other words. Accents are dropped; a word with a letter that is not ASCII becomes
-<unk>.
+Such a word is split greedily into the longest ones from the left: a word, a syllable or a letter, then syllables and
+letters ("Vilora" -> Vil ##o ##ra, "Emilias" -> Emilia ##s). Accents are dropped; a word with a letter that is not ASCII
+becomes <unk>.
 """
 
 import re
