@@ -12,8 +12,8 @@ from benchmarks.timing import Contender
 from memkernel import cuda, ops, reference
 from memkernel.engine import CHUNK_TOKENS, Engine
 
-WRITERS = ["memkernel", "cuda c++", "reference", "published"]
-COPIES = 10  # of a case's pools that are held at the most: to start from, of each contender, and to compare
+WRITERS = ["memkernel", "cuda c++", "reference", "published", "copy and ranks"]
+COPIES = 12  # of a case's pools that are held at the most: to start from, of each contender, and to compare
 
 
 def update_case(lab: Lab, T: int) -> Case:
@@ -122,12 +122,25 @@ def write_case(lab: Lab, M: int) -> Case:
     def write_in_one_launch(into: list[Tensor], rank: Tensor) -> None:
         cuda.draw_and_write_(into, rank, rows, state, False)
 
+    def copy_and_ranks() -> Contender:
+        """No rival but a floor: as many bytes copied to one place of each pool, and the ranks closed. What it leaves is
+        no memory, so that there is nothing to compare."""
+        mine, rank = [pool.clone() for pool in pools], oldest_first.clone()
+
+        def call() -> None:
+            for pool, new in zip(mine, rows, strict=True):
+                pool[:, :W] = new
+            ops.memory_write_([], rank, [], dropped)
+
+        return Contender(call, output=kept_and_appended)
+
     return Case(
         builders={
             "memkernel": write_with_ops(ops),
             "cuda c++": lambda: contender(write_in_one_launch),
             "reference": write_with_ops(reference),
             "published": published,
+            "copy and ranks": copy_and_ranks,
         },
         unavailable={"cuda c++": cuda.WHY_NOT or "needs a CUDA device"} if cuda.WHY_NOT or not on_gpu else {},
         truth=kept_and_appended(),
@@ -141,37 +154,3 @@ def write_case(lab: Lab, M: int) -> Case:
 @pytest.mark.parametrize("M", [1600, 6400, 12800, 25600, 102400], ids="M{}".format)
 def bench_write(race, contender, M):
     race("write", {"M": M}, contender, lambda lab: write_case(lab, M))
-
-
-def copy_and_ranks_case(lab: Lab, M: int) -> Case:
-    """What no write can do without: as many bytes copied, to one place of each pool, and the ranks closed."""
-    config = lab.config
-    L, W, shape = config.num_layers, config.write_rows, (config.num_kv_heads, config.head_size)
-    pools, rows = ([lab.random(L, n, *shape, seed=seed + i) for i in (0, 1)] for n, seed in ((M, 2), (W, 4)))
-    oldest_first = torch.arange(M, dtype=torch.int32, device=lab.device).repeat(L, 1)
-    dropped = reference.draw_ranks(torch.tensor([7, 3], device=lab.device), L, M, W, False)
-
-    def copied(namespace) -> Callable[[], list[Tensor]]:
-        mine, rank = [pool.clone() for pool in pools], oldest_first.clone()
-
-        def call() -> list[Tensor]:
-            for pool, new in zip(mine, rows, strict=True):
-                pool[:, :W] = new
-            namespace.memory_write_([], rank, [], dropped)
-            return [*mine, rank]
-
-        return call
-
-    return Case(
-        builders={"memkernel": lambda: Contender(copied(ops), output=lambda: copied(ops)())},
-        truth=copied(reference)(),
-        bound=0.0,
-        work=lab.least.write(M),
-        cold=True,
-    )
-
-
-@pytest.mark.parametrize("contender", ["memkernel"])
-@pytest.mark.parametrize("M", [1600, 12800, 102400], ids="M{}".format)
-def bench_copy_and_ranks(race, contender, M):
-    race("copy and ranks", {"M": M}, contender, lambda lab: copy_and_ranks_case(lab, M))
