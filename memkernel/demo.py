@@ -36,7 +36,7 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
     cannot be read or state no fact.
     """
     text = "\n".join(read_texts(files or [str(PAGE)]))
-    told = {fact.key: fact for fact in map(facts.read, cases.sentences(text)) if fact is not None}
+    told = cases.stated(text)
     if not told:
         raise ValueError(f"files: expected a fact, such as 'Mila lives in Dresden.', got none in {', '.join(files)}")
     say = (lambda *_: None) if as_json else print
@@ -47,19 +47,19 @@ def run(files: list[str], as_json: bool = False, device: str = "auto", dtype: st
     say(f"layer, {config.write_rows} of them rewritten by an update; trained by `make train-tiny`")
     engine.memory.reset()
     # A memory in use is full of other things.
-    known = frozenset(fact.subject for fact in told.values())
+    known = frozenset(fact.subject for fact in told)
     others = cases.unrelated(2 * config.write_rows, cases.counter(engine), known=known)
     for _ in range(2 * config.memory_rows // config.write_rows):
         engine.update(next(others), chunk_tokens=None)
-    questions = [fact.question(rng) for fact in told.values()]
+    questions = [fact.question(rng) for fact in told]
     report: dict = {"model": str(MODEL), "facts": len(told)}
     before = [answer.text.strip() for answer in engine.generate(questions, max_tokens=ANSWER_TOKENS)]
     report["chunks"] = _tell(engine, text, rng, say)
     answers = engine.generate(questions, max_tokens=ANSWER_TOKENS)
-    report["answers"] = _compare(list(told.values()), questions, before, answers, say)
+    report["answers"] = _compare(told, questions, before, answers, say)
     with tempfile.TemporaryDirectory(prefix="memkernel-demo-") as folder:
         report["reload"] = _reload(engine, Path(folder) / "memory", questions[0], answers[0], say)
-    report["fading"] = _fade(engine, list(told.values()), questions, others, say)
+    report["fading"] = _fade(engine, told, questions, others, say)
     if as_json:
         print(json.dumps(report))
     return 0 if report["reload"]["equal"] else 1

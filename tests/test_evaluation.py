@@ -224,8 +224,8 @@ def test_a_page_is_read(tmp_path):
     def count(text):
         return 2 * len(text.split())
 
-    (first, second), subjects = cases.page(tmp_path / "page.txt", 32, count)
-    assert subjects == {"Mila", "kites", "Nadia"}
+    first, second = cases.page(tmp_path / "page.txt", 32, count)
+    assert [fact.subject for fact in cases.stated(PAGE)] == ["Mila", "kites", "Nadia"]
     assert first.texts == ("Mila lives in Dresden. The kites are made of silk. Now Mila lives in Tampere.",)
     assert second.texts[0].endswith(". Nadia owns a hen.") and count(second.texts[0]) >= MIN_TOKENS
     assert [question.answers for case in (first, second) for question in case.questions] == [

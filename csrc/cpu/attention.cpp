@@ -221,8 +221,11 @@ class Attention {
       const int64_t last = min(end - offset, segment.keys);
       for (int64_t key = max(begin - offset, 0); key < last; key += block_keys) {
         const int64_t keys = min(block_keys, last - key);
-        if (!packs) attend_few(task, segment, key, keys, scratch);
-        for (int64_t h = 0; packs && h < task.heads; h++) attend_packed(task, h, segment, key, keys, scratch);
+        if (packs) {
+          for (int64_t h = 0; h < task.heads; h++) attend_packed(task, h, segment, key, keys, scratch);
+        } else {
+          attend_few(task, segment, key, keys, scratch);
+        }
       }
       offset += segment.keys;
     }
@@ -244,15 +247,15 @@ class Attention {
         for (int64_t h = 0; h < task.heads; h++) body(k, min(KEYS_OF_TILE, keys - k), h);
       }
     };
-    // What head h fetches while it multiplies: its share of the tile that is read next.
-    const auto share = [&](const Scalar* next_tile, int64_t stride, int64_t h) {
-      return reinterpret_cast<const char*>(next_tile + h * KEYS_OF_TILE * stride / task.heads);
+    // What head h fetches while it multiplies: its share of the tile that is read next, from row `next` on.
+    const auto share = [&](const Scalar* rows, int64_t stride, int64_t next, int64_t h) {
+      return reinterpret_cast<const char*>(rows + next * stride + h * KEYS_OF_TILE * stride / task.heads);
     };
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
       const int64_t next = key + k + KEYS_OF_TILE;
       const char* const fetched = next < key + keys
-                                      ? share(segment.key + next * segment.key_row, segment.key_row, h)
-                                      : share(segment.value + key * segment.value_row, segment.value_row, h);
+                                      ? share(segment.key, segment.key_row, next, h)
+                                      : share(segment.value, segment.value_row, key, h);
       run_rows<FewScores<Scalar>>(rows, {scratch.query + row(h) * query_words, query_words,
                                          rows_of(segment.key, segment.key_row, task.head + h, key + k, count),
                                          scratch.score + h * ROWS * block_keys + k, block_keys, fetched});
@@ -263,8 +266,8 @@ class Attention {
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
       const int64_t next = key + k + KEYS_OF_TILE;
       const char* const fetched = next < key + keys
-                                      ? share(segment.value + next * segment.value_row, segment.value_row, h)
-                                      : share(segment.key + (key + keys) * segment.key_row, segment.key_row, h);
+                                      ? share(segment.value, segment.value_row, next, h)
+                                      : share(segment.key, segment.key_row, key + keys, h);
       const float* const weight = scratch.weight + h * ROWS * weight_words + k / PER_WORD<Scalar>;
       run_rows<FewSums<Scalar>>(rows, {weight, weight_words,
                                        rows_of(segment.value, segment.value_row, task.head + h, key + k, count),

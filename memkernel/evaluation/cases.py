@@ -155,24 +155,24 @@ def updates_of(text: str, longest: int, count: Callable[[str], int], rng: random
     return updates
 
 
-def page(
-    path: str | Path, longest: int, count: Callable[[str], int], seed: int = 0
-) -> tuple[list[Case], frozenset[str]]:
-    """The updates of a text file that state facts in the shapes of `training.facts`, with questions about these; and
-    the subjects of these facts.
+def stated(text: str) -> list[Fact]:
+    """The facts that a text states in the shapes of `training.facts`, corrected ones once."""
+    return list({fact.key: fact for fact in map(facts.read, sentences(text)) if fact is not None}.values())
+
+
+def page(path: str | Path, longest: int, count: Callable[[str], int], seed: int = 0) -> list[Case]:
+    """The updates of a text file that state facts, with questions about these.
 
     Raises ValueError naming the file if it cannot be read or states none.
     """
-    rng, made, subjects = random.Random(f"page {seed}"), [], set()
+    rng, made = random.Random(f"page {seed}"), []
     (text,) = read_texts([str(path)])
     for update in updates_of(text, longest, count, rng):
-        told = {fact.key: fact for fact in map(facts.read, sentences(update)) if fact is not None}
-        questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in told.values())
-        made += [Case((update,), questions, "page")] if told else []
-        subjects |= {fact.subject for fact in told.values()}
+        questions = tuple(Question(fact.question(rng), (fact.value,)) for fact in stated(update))
+        made += [Case((update,), questions, "page")] if questions else []
     if not made:
         raise ValueError(f"{path}: expected a fact, such as 'Mila lives in Dresden.', got none")
-    return made, frozenset(subjects)
+    return made
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

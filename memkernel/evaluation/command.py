@@ -66,17 +66,21 @@ def _settings(args: argparse.Namespace, engine) -> dict:
     return given | {"device": str(memory.device), "dtype": str(memory.dtype).removeprefix("torch.")}
 
 
-def _finish(args: argparse.Namespace, kind: str, facts: dict) -> None:
-    """Write, draw and print the report."""
-    from memkernel.cli import report
-    from memkernel.evaluation import plots
+def _write(args: argparse.Namespace, kind: str, facts: dict) -> None:
     from memkernel.evaluation.integrity import write_json
 
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         write_json(args.out / f"{kind}.json", facts)
-        if args.plot:
-            getattr(plots, kind)(facts, args.out / f"{kind}.png")
+
+
+def _show(args: argparse.Namespace, kind: str, facts: dict) -> None:
+    """Draw and print a report that is written."""
+    from memkernel.cli import report
+    from memkernel.evaluation import plots
+
+    if args.plot:
+        getattr(plots, kind)(facts, args.out / f"{kind}.png")
     report(facts, args.json)
 
 
@@ -99,10 +103,10 @@ def _retention(args: argparse.Namespace) -> None:
         count, longest = cases.counter(engine), 2 * engine.config.write_rows
         if args.file is None:
             args.cases = args.cases or GENERATED
-            told, known = cases.generated(args.cases, longest, count, args.seed), frozenset()
+            told = cases.generated(args.cases, longest, count, args.seed)
         else:
-            told, known = cases.page(args.file, longest, count, args.seed)
-            told = told[: args.cases]
+            told = cases.page(args.file, longest, count, args.seed)[: args.cases]
+        known = frozenset(fact.subject for case in told for text in case.texts for fact in cases.stated(text))
         unrelated, match = cases.unrelated(longest, count, args.seed, known=known), retention.exact
     else:
         read = cases.RETENTION_FILES[args.format]
@@ -112,7 +116,9 @@ def _retention(args: argparse.Namespace) -> None:
         unrelated = cycle([_cut(engine, text) for case in others for text in case.texts])
         match = retention.contains
     facts = retention.retention(engine, told, unrelated, tuple(args.later), match, progress=_progress(len(told)))
-    _finish(args, "retention", {"settings": _settings(args, engine)} | facts)
+    facts = {"settings": _settings(args, engine)} | facts
+    _write(args, "retention", facts)
+    _show(args, "retention", facts)
 
 
 def _cut(engine, text: str) -> str:
@@ -128,7 +134,9 @@ def _edits(args: argparse.Namespace) -> None:
         raise ValueError("--plot: edits have no plot")
     made, engine = edits.FILES[args.format](args.file, args.cases), _engine(args)
     facts = edits.edits(engine, made, _progress(len(made)))
-    _finish(args, "edits", {"settings": _settings(args, engine)} | facts)
+    facts = {"settings": _settings(args, engine)} | facts
+    _write(args, "edits", facts)
+    _show(args, "edits", facts)
 
 
 def _integrity(args: argparse.Namespace) -> None:
@@ -148,4 +156,4 @@ def _integrity(args: argparse.Namespace) -> None:
 
     settings = _settings(args, engine)
     facts = integrity.integrity(engine, args.updates, text_at, probed, held_out, args.out, settings, say)
-    _finish(args, "integrity", facts)
+    _show(args, "integrity", facts)
