@@ -18,6 +18,7 @@ constexpr int64_t SOME_ROWS = 48;     // up to here memory is read more evenly i
 constexpr int64_t KEYS_OF_SOME = 128;
 constexpr int64_t KEYS_OF_MANY = 256;
 constexpr int64_t KEYS_OF_TILE = 16;  // of a block, which all heads read before they go on, where none packs it
+constexpr int64_t KEYS_AHEAD = 2 * KEYS_OF_TILE;  // that are fetched meanwhile
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
 static_assert(KEYS_OF_TILE % LANES == 0 && KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
@@ -47,11 +48,13 @@ struct Task {
 
 struct Scratch {
   float *query, *key, *value;  // packed
-  float *score, *weight;       // of ROWS query rows to a block of keys: of one head, or of all of a few rows
+  float *score, *weight;       // of ROWS query rows to a block of keys; of a few: of all heads, to a tile
   float* rescale;              // of earlier sums, likewise
-  float* added;                // a block's share of the sums of a few rows
-  Softmax* softmax;            // the result so far, of all heads and rows
-  float* sum;                  // of weight * value, likewise
+  float *max, *total;          // of a few rows: of their softmax so far, the total in parts
+  float* added;                // of a few rows: a block's share of their sums
+  float* result;               // so far, of all heads and rows: their
+  Softmax* softmax;            // softmax, and their
+  float* sum;                  // of weight * value
 };
 
 template <class Scalar>
@@ -69,6 +72,7 @@ class Attention {
     max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
     head_blocks = ceil_div(a.G, max_heads);
     packs = max_rows > ROWS || a.D % PANEL != 0;
+    registers = packs ? 0 : ceil_div(max_rows, QUADS);
     block_keys = max_rows > SOME_ROWS ? KEYS_OF_MANY : KEYS_OF_SOME;
     weight_words = block_keys / PER_WORD<Scalar>;
     splits = choose_splits(tasks(), ceil_div(a.M + a.S, KEYS_OF_MANY), threads.count);
@@ -89,6 +93,7 @@ class Attention {
   int64_t words, columns;     // of a packed query row, of a row of sums
   int64_t row_blocks, max_rows, head_blocks, max_heads;  // of the tasks
   bool packs;                 // a block's keys and values before they are multiplied
+  int64_t registers;          // that hold QUAD numbers of each of a head's few rows
   int64_t splits;             // of the keys of a task
   int64_t block_keys;         // multiplied at a time
   int64_t weight_words;       // of a query row, for a block of keys
@@ -166,44 +171,70 @@ class Attention {
 
   void attend(int64_t i) {
     const Task task = this->task(i / splits);
-    const int64_t heads_rows = max_heads * max_rows;
-    const int64_t query_size = heads_rows * round_up(words, LANES);
-    const int64_t key_size = packs ? words * block_keys : 0;
-    const int64_t value_size = packs ? columns * weight_words : 0;
-    const int64_t score_rows = packs ? ROWS : max_heads * ROWS;
-    const int64_t softened_size = score_rows * (block_keys + weight_words) + round_up(score_rows, LANES);
-    const int64_t added_size = packs ? 0 : score_rows * columns;
-    float* const buffer = scratch_buffer.reserve<float>(query_size + key_size + value_size + softened_size + added_size +
-                                                        partial_size());
-    Scratch scratch;
-    scratch.query = buffer;
-    scratch.key = scratch.query + query_size;
-    scratch.value = scratch.key + key_size;
-    scratch.score = scratch.value + value_size;
-    scratch.weight = scratch.score + score_rows * block_keys;
-    scratch.rescale = scratch.weight + score_rows * weight_words;
-    scratch.added = scratch.score + softened_size;
-    float* const partial = splits > 1 ? partials + i * partial_size() : scratch.added + added_size;
-    scratch.softmax = reinterpret_cast<Softmax*>(partial);
-    scratch.sum = partial + 2 * heads_rows;
+    const Scratch scratch = this->scratch(i);
     start(task, scratch);
     attend_segments(task, i % splits, scratch);
+    if (!packs) finish_few(task, scratch);
     if (splits > 1) return;
-    for (int64_t h = 0; h < task.heads; h++) write_head(task, h, partial);
+    for (int64_t h = 0; h < task.heads; h++) write_head(task, h, scratch.result);
+  }
+
+  // Parts of the thread's buffer, where the result is of one split.
+  Scratch scratch(int64_t i) const {
+    const int64_t rows = max_heads * max_rows;
+    const int64_t lanes = max_heads * registers * LANES;
+    Scratch scratch;
+    const struct {
+      float** part;
+      int64_t size;
+    } parts[] = {
+        {&scratch.query, packs ? rows * round_up(words, LANES) : lanes * words / QUAD},
+        {&scratch.key, packs ? words * block_keys : 0},
+        {&scratch.value, packs ? columns * weight_words : 0},
+        {&scratch.score, packs ? ROWS * block_keys : lanes * block_keys / QUAD},
+        {&scratch.weight, packs ? ROWS * weight_words : registers * KEYS_OF_TILE * QUADS},
+        {&scratch.rescale, packs ? round_up(ROWS, LANES) : lanes},
+        {&scratch.max, lanes},
+        {&scratch.total, lanes},
+        {&scratch.added, packs ? 0 : rows * columns},
+        {&scratch.result, splits > 1 ? 0 : partial_size()},
+    };
+    int64_t size = 0;
+    for (const auto& part : parts) size += part.size;
+    float* buffer = scratch_buffer.reserve<float>(size);
+    for (const auto& part : parts) {
+      *part.part = buffer;
+      buffer += part.size;
+    }
+    if (splits > 1) scratch.result = partials + i * partial_size();
+    scratch.softmax = reinterpret_cast<Softmax*>(scratch.result);
+    scratch.sum = scratch.result + 2 * rows;
+    return scratch;
   }
 
   void start(const Task& task, const Scratch& scratch) const {
     for (int64_t h = 0; h < task.heads; h++) {
       for (int64_t x = 0; x < task.rows; x++) {
-        const Scalar* const from = query_row(task, task.head + h, task.first + x);
         const int64_t row = h * max_rows + x;
+        const Scalar* const from = query_row(task, task.head + h, task.first + x);
         for (int64_t word = 0; word < words; word += LANES) {
-          store(scratch.query + row * round_up(words, LANES) + word,
-                load_words(from + word * PER_WORD<Scalar>, words - word));
+          const f32x numbers = load_words(from + word * PER_WORD<Scalar>, words - word);
+          if (packs) {
+            store(scratch.query + row * round_up(words, LANES) + word, numbers);
+          } else {
+            for (int c = 0; c < QUADS; c++) {
+              const float* const quad = reinterpret_cast<const float*>(&numbers) + c * QUAD;
+              __builtin_memcpy(few_queries(scratch, h, word + c * QUAD) + x * QUAD, quad, QUAD * sizeof(float));
+            }
+          }
         }
         scratch.softmax[row] = {NEVER, 0};
         __builtin_memset(scratch.sum + row * columns, 0, columns * sizeof(float));
       }
+    }
+    for (int64_t i = 0; i < max_heads * registers * LANES; i += LANES) {
+      store(scratch.max + i, broadcast(NEVER));
+      store(scratch.total + i, f32x{});
     }
   }
 
@@ -239,46 +270,114 @@ class Attention {
   // goes on: so memory is asked in its own order, by the products and by what they fetch ahead.
   void attend_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys,
                   const Scratch& scratch) const {
-    const int64_t rows = segment.last - segment.first;
-    const int64_t query_words = round_up(words, LANES);
-    const auto row = [&](int64_t h) { return h * max_rows + segment.first - task.first; };
     const auto for_tiles = [&](const auto& body) {
       for (int64_t k = 0; k < keys; k += KEYS_OF_TILE) {
         for (int64_t h = 0; h < task.heads; h++) body(k, min(KEYS_OF_TILE, keys - k), h);
       }
     };
-    // What head h fetches while it multiplies: its share of the tile that is read next, from row `next` on.
-    const auto share = [&](const Scalar* rows, int64_t stride, int64_t next, int64_t h) {
-      return reinterpret_cast<const char*>(rows + next * stride + h * KEYS_OF_TILE * stride / task.heads);
+    // What head h fetches while it multiplies: its share of the tile that is read as many keys later.
+    const auto ahead = [&](bool values, int64_t k, int64_t h) {
+      const bool other = k + KEYS_AHEAD >= keys;  // then the block's values, or the next block's keys
+      const int64_t next = key + k + KEYS_AHEAD - (other && !values ? keys : 0);
+      const Scalar* const from = values == other ? segment.key : segment.value;
+      const int64_t row = values == other ? segment.key_row : segment.value_row;
+      return reinterpret_cast<const char*>(from + next * row + h * KEYS_OF_TILE * row / task.heads);
+    };
+    const auto scores = [&](int64_t h, int64_t k) {
+      return scratch.score + (h * block_keys + k) * registers * QUADS;
     };
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
-      const int64_t next = key + k + KEYS_OF_TILE;
-      const char* const fetched = next < key + keys
-                                      ? share(segment.key, segment.key_row, next, h)
-                                      : share(segment.value, segment.value_row, key, h);
-      run_rows<FewScores<Scalar>>(rows, {scratch.query + row(h) * query_words, query_words,
-                                         rows_of(segment.key, segment.key_row, task.head + h, key + k, count),
-                                         scratch.score + h * ROWS * block_keys + k, block_keys, fetched});
+      const FewScores<Scalar> products = {few_queries(scratch, h, 0),
+                                          rows_of(segment.key, segment.key_row, task.head + h, key + k, count),
+                                          scores(h, k), ahead(false, k, h)};
+      ::memkernel::MEMKERNEL_ISA::run<ceil_div(ROWS, QUADS)>(registers, products);
     });
     for (int64_t h = 0; h < task.heads; h++) {
-      soften_rows(segment, segment.first, rows, key, keys, row(h), scratch, h * ROWS);
+      hide_few(task, segment, key, keys, scores(h, 0));
+      raise_max(round_up(keys, KEYS_OF_TILE), scores(h, 0), h, scratch);
     }
+    const int64_t rows = segment.last - segment.first;
+    __builtin_memset(scratch.added, 0, task.heads * rows * columns * sizeof(float));
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
-      const int64_t next = key + k + KEYS_OF_TILE;
-      const char* const fetched = next < key + keys
-                                      ? share(segment.value, segment.value_row, next, h)
-                                      : share(segment.key, segment.key_row, key + keys, h);
-      const float* const weight = scratch.weight + h * ROWS * weight_words + k / PER_WORD<Scalar>;
-      run_rows<FewSums<Scalar>>(rows, {weight, weight_words,
-                                       rows_of(segment.value, segment.value_row, task.head + h, key + k, count),
-                                       scratch.added + h * ROWS * columns, columns, k == 0, fetched});
+      soften_tile(scores(h, k), h, scratch);
+      const FewSums<Scalar> products = {scratch.weight,
+                                        registers,
+                                        segment.first - task.first,
+                                        rows_of(segment.value, segment.value_row, task.head + h, key + k, count),
+                                        scratch.added + h * rows * columns,
+                                        columns,
+                                        ahead(true, k, h)};
+      ::memkernel::MEMKERNEL_ISA::run<ROWS>(rows, products);
     });
     for (int64_t h = 0; h < task.heads; h++) {  // once a block: a long sum has a larger error
       for (int64_t r = 0; r < rows; r++) {
-        float* const sum = scratch.sum + (row(h) + r) * columns;
-        const float* const added = scratch.added + (h * ROWS + r) * columns;
-        const f32x rescale = broadcast(scratch.rescale[h * ROWS + r]);
+        const int64_t x = segment.first - task.first + r;
+        float* const sum = scratch.sum + (h * max_rows + x) * columns;
+        const float* const added = scratch.added + (h * rows + r) * columns;
+        const f32x rescale = broadcast(scratch.rescale[h * registers * LANES + x * QUAD]);
         for (int64_t d = 0; d < columns; d += LANES) store(sum + d, fma(load(sum + d), rescale, load(added + d)));
+      }
+    }
+  }
+
+  // Word `word` of head h's few rows, and those of its quad.
+  float* few_queries(const Scratch& scratch, int64_t h, int64_t word) const {
+    return scratch.query + (h * words + word) / QUAD * registers * LANES;
+  }
+
+  // Scores with keys that a row does not see, or that there are not, and those of rows of other segments: -infinity.
+  void hide_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys, float* score) const {
+    for (int64_t row = 0; row < registers * QUADS; row++) {
+      const int64_t x = task.first + row;
+      const bool reads = segment.first <= x && x < segment.last;
+      const int64_t seen = reads ? max(0, min(keys, segment.seen(x) - key)) : 0;
+      for (int64_t k = seen; k < round_up(keys, KEYS_OF_TILE); k++) {
+        score[k / QUAD * registers * LANES + row * QUAD + k % QUAD] = -__builtin_inff();
+      }
+    }
+  }
+
+  // The maxima of head h's few rows with a block's scores, and the factors that bring earlier sums to them.
+  void raise_max(int64_t keys, const float* score, int64_t h, const Scratch& scratch) const {
+    for (int64_t v = 0; v < registers; v++) {
+      const int64_t i = (h * registers + v) * LANES;
+      const f32x before = load(scratch.max + i);
+      f32x largest = before;
+      for (int64_t k = 0; k < keys; k += QUAD) largest = max(load(score + (k / QUAD * registers + v) * LANES), largest);
+      largest = max_of_quads(largest, Lanes());
+      const f32x rescale = exp2((before - largest) * scale);
+      store(scratch.max + i, largest);
+      store(scratch.rescale + i, rescale);
+      store(scratch.total + i, load(scratch.total + i) * rescale);
+    }
+  }
+
+  // A tile's scores -> weights, and their total as rounded, as soften() of attention_tile.h.
+  void soften_tile(const float* score, int64_t h, const Scratch& scratch) const {
+    constexpr int P = PER_WORD<Scalar>;
+    for (int64_t v = 0; v < registers; v++) {
+      const int64_t i = (h * registers + v) * LANES;
+      const f32x largest = load(scratch.max + i);
+      f32x total = load(scratch.total + i);
+      for (int64_t k = 0; k < KEYS_OF_TILE; k += QUAD * P) {
+        f32x x[P];
+        for (int p = 0; p < P; p++) {
+          x[p] = exp2((load(score + ((k / QUAD + p) * registers + v) * LANES) - largest) * scale);
+        }
+        const f32x packed = pack_quads<Scalar>(x);
+        store(scratch.weight + (k / QUAD / P * registers + v) * LANES, packed);
+        total = multiply_add<Scalar>(packed, one_words<Scalar>(), total);
+      }
+      store(scratch.total + i, total);
+    }
+  }
+
+  void finish_few(const Task& task, const Scratch& scratch) const {
+    for (int64_t h = 0; h < task.heads; h++) {
+      for (int64_t x = 0; x < task.rows; x++) {
+        const int64_t i = h * registers * LANES + x * QUAD;
+        const float* const total = scratch.total + i;
+        scratch.softmax[h * max_rows + x] = {scratch.max[i], (total[0] + total[1]) + (total[2] + total[3])};
       }
     }
   }
@@ -322,24 +421,23 @@ class Attention {
                                 scratch.score + k, block_keys, word ? ONES : nullptr, &next_keys});
       }
     }
-    soften_rows(segment, x, rows, key, keys, row, scratch, 0);
+    soften_rows(segment, x, rows, key, keys, row, scratch);
     for (int64_t c = 0; c < columns; c += PANEL) {
       multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
                               scratch.sum + row * columns + c, columns, scratch.rescale, &next_values});
     }
   }
 
-  // Scores with a block of keys, of rows from `first_score` on -> weights, and the factors of earlier sums.
+  // Scores with a block of keys -> weights, and the factors of earlier sums.
   void soften_rows(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
-                   const Scratch& scratch, int64_t first_score) const {
+                   const Scratch& scratch) const {
     const int64_t padded_keys = round_up(keys, PANEL);
     for (int64_t r = 0; r < rows; r++) {
-      const int64_t i = first_score + r;
-      float* const score = scratch.score + i * block_keys;
+      float* const score = scratch.score + r * block_keys;
       const int64_t seen = max(0, min(keys, segment.seen(x + r) - key));
       for (int64_t k = seen; k < padded_keys; k++) score[k] = -__builtin_inff();
-      scratch.rescale[i] =
-          soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], scratch.weight + i * weight_words);
+      scratch.rescale[r] =
+          soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], scratch.weight + r * weight_words);
     }
   }
 

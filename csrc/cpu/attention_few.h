@@ -1,144 +1,165 @@
-// Products of a few query rows with keys and values as they lie in memory: packing pays only where more rows share it.
+// Attention of a few query rows to keys and values as they lie in memory: packing pays only where more rows share it.
 #pragma once
 
 #include "attention_tile.h"
+#include "fetch.h"
 
 #define MEMKERNEL_INLINE inline __attribute__((always_inline))
 
 namespace memkernel {
 namespace MEMKERNEL_ISA {
 
+// A register holds QUAD words of each of QUADS query rows, or their scores with QUAD keys, or the words of as many
+// weights: [row][QUAD]. More rows take as many more registers, which lie side by side.
+constexpr int QUAD = 4;
+constexpr int QUADS = LANES / QUAD;
+
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
-// Fetches lines of what is read next, in their order, as many as are read meanwhile: memory is asked at an even rate.
-template <int64_t BYTES>
-MEMKERNEL_INLINE void fetch(const char* next) {
-  for (int64_t i = 0; i < BYTES; i += LINE) __builtin_prefetch(next + i, 0, 3);
+// QUAD words, for each of the rows of a register.
+template <class Scalar>
+MEMKERNEL_INLINE f32x load_quads(const Scalar* from) {
+  if constexpr (PER_WORD<Scalar> == 1) return load_four(from);
+  return load_four(reinterpret_cast<const float*>(from));
 }
 
-// A step of a transposing sum: of lanes S apart, those without bit S get the sum of a's, those with it of b's.
-template <int S, int... I>
-MEMKERNEL_INLINE f32x add_halves(f32x a, f32x b, std::integer_sequence<int, I...>) {
-  return shuffle<(I & S ? LANES + I : I)...>(a, b) + shuffle<(I & S ? LANES + (I ^ S) : I ^ S)...>(a, b);
+// Within each quad: the sums of places 0 and 2 and of 1 and 3 of a, then of b.
+template <int... I>
+MEMKERNEL_INLINE f32x add_pairs(f32x a, f32x b, std::integer_sequence<int, I...>) {
+  return shuffle<((I & ~3) + (I & 1) + (I & 2) / 2 * LANES)...>(a, b) +
+         shuffle<((I & ~3) + (I & 1) + (I & 2) / 2 * LANES + 2)...>(a, b);
 }
 
-// score = query * key^T. The words of a row are a multiple of LANES.
+// Within each quad: the sums of places 0 and 1 and of 2 and 3 of a, then of b.
+template <int... I>
+MEMKERNEL_INLINE f32x add_neighbours(f32x a, f32x b, std::integer_sequence<int, I...>) {
+  return shuffle<((I & ~3) + (I & 1) * 2 + (I & 2) / 2 * LANES)...>(a, b) +
+         shuffle<((I & ~3) + (I & 1) * 2 + (I & 2) / 2 * LANES + 1)...>(a, b);
+}
+
+// Each quad's largest, in all of its places.
+template <int... I>
+MEMKERNEL_INLINE f32x max_of_quads(f32x x, std::integer_sequence<int, I...>) {
+  x = max(x, shuffle<(I ^ 2)...>(x, x));
+  return max(x, shuffle<(I ^ 1)...>(x, x));
+}
+
+// The weights of QUAD keys, for bf16 words those of two times QUAD keys, as words.
+template <class Scalar>
+MEMKERNEL_INLINE f32x pack_quads(const f32x (&weights)[PER_WORD<Scalar>]) {
+  const f32x words = pack_words<Scalar>(weights);
+#if defined(__AVX512BF16__)
+  if constexpr (PER_WORD<Scalar> == 2) {
+    return shuffle<0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15>(words, words);
+  }
+#endif
+  return words;
+}
+
+// score = query * key^T; the keys are a tile, or the last ones.
 template <class Scalar>
 struct FewScores {
-  const float* query;  // packed rows
-  int64_t query_row;
+  const float* query;  // [word / QUAD][V][LANES]
   Rows<Scalar> keys;
-  float* score;
-  int64_t score_row;
+  float* score;  // [key / QUAD][V][LANES]
   const char* next;
 
-  // LANES partial sums of each of R scores of keys i and i + 1; missing keys are the last one.
-  template <int R>
-  MEMKERNEL_INLINE void multiply(int64_t i, f32x (&a)[R], f32x (&b)[R]) const {
-    const Scalar* const key_a = keys.from + min(i, keys.rows - 1) * keys.row;
-    const Scalar* const key_b = keys.from + min(i + 1, keys.rows - 1) * keys.row;
-    for (int r = 0; r < R; r++) a[r] = b[r] = f32x{};
-    for (int64_t word = 0; word < keys.words; word += LANES) {
-      fetch<2 * LANES * WORD_BYTES<Scalar>>(next + (i * keys.words + 2 * word) * WORD_BYTES<Scalar>);
-      const f32x words_a = load_words(key_a + word * PER_WORD<Scalar>);
-      const f32x words_b = load_words(key_b + word * PER_WORD<Scalar>);
-      for (int r = 0; r < R; r++) {
-        const f32x words = load(query + r * query_row + word);
-        a[r] = multiply_add<Scalar>(words, words_a, a[r]);
-        b[r] = multiply_add<Scalar>(words, words_b, b[r]);
-      }
-    }
-  }
-
-  // Of keys i to i + 2 S - 1: lane l has a part of the score of key i + l % (2 S), all of it if 2 S = LANES.
-  template <int S, int R>
-  MEMKERNEL_INLINE void add(int64_t i, f32x (&sum)[R]) const {
-    f32x a[R], b[R];
-    if constexpr (S == 1) {
-      multiply(i, a, b);
-    } else {
-      add<S / 2>(i, a);
-      add<S / 2>(i + S, b);
-    }
-    for (int r = 0; r < R; r++) sum[r] = add_halves<S>(a[r], b[r], Lanes());
-  }
-
-  template <int R>
+  template <int V>
   void run() const {
-    for (int64_t i = 0; i < keys.rows; i += LANES) {
-      f32x sum[R];
-      add<LANES / 2>(i, sum);
-      for (int r = 0; r < R; r++) store(score + r * score_row + i, sum[r]);
-    }
-  }
-};
-
-// sum += weight * value, or = if that is all so far. The numbers of a row are a multiple of PANEL.
-template <class Scalar>
-struct FewSums {
-  const float* weight;  // packed rows
-  int64_t weight_row;
-  Rows<Scalar> values;
-  float* sum;
-  int64_t sum_row;
-  bool all;
-  const char* next;
-
-  // A panel of the values of one word of keys; if CHECKED, with zeros for a missing one.
-  template <bool CHECKED>
-  MEMKERNEL_INLINE void load_step(int64_t step, int64_t column, f32x (&part)[VECTORS]) const {
-    constexpr int P = PER_WORD<Scalar>;
-    for (int v = 0; v < VECTORS; v += P) {
-      f32x row[P];
-      for (int i = 0; i < P; i++) {
-        const Scalar* const from = values.from + (step * P + i) * values.row + column + v * LANES;
-        row[i] = CHECKED && step * P + i >= values.rows ? f32x{} : load_words(from);
+    constexpr int KEYS = V * LANES > 32 ? QUAD : 2 * QUAD;  // the more, the fewer products wait for each other
+    const auto [query, keys, score, next] = *this;          // so that nobody stores to them
+    for (int64_t i = 0; i < keys.rows; i += KEYS) {
+      const Scalar* key[KEYS];
+      for (int k = 0; k < KEYS; k++) key[k] = keys.from + min(i + k, keys.rows - 1) * keys.row;
+      f32x sum[KEYS][V] = {};
+      for (int64_t word = 0; word < keys.words; word += QUAD) {
+        fetch<KEYS * QUAD * WORD_BYTES<Scalar>>(next + (i * keys.words + KEYS * word) * WORD_BYTES<Scalar>);
+        const float* const rows = query + word / QUAD * V * LANES;
+#pragma GCC unroll 8  // or the sums are kept in memory
+        for (int k = 0; k < KEYS; k++) {
+          const f32x words = load_quads(key[k] + word * PER_WORD<Scalar>);
+#pragma GCC unroll 8
+          for (int v = 0; v < V; v++) sum[k][v] = multiply_add<Scalar>(load(rows + v * LANES), words, sum[k][v]);
+        }
       }
-      interleave<Scalar>(row, part + v);
-    }
-  }
-
-  template <bool CHECKED, int R>
-  MEMKERNEL_INLINE void multiply(int64_t step, int64_t column, const char* ahead, f32x (&added)[R][VECTORS]) const {
-    fetch<PANEL * WORD_BYTES<Scalar>>(ahead + step * PANEL * WORD_BYTES<Scalar>);
-    f32x part[VECTORS];
-    load_step<CHECKED>(step, column, part);
-    for (int r = 0; r < R; r++) {
-      const f32x word = broadcast(weight[r * weight_row + step]);
-      for (int v = 0; v < VECTORS; v++) added[r][v] = multiply_add<Scalar>(word, part[v], added[r][v]);
-    }
-  }
-
-  template <int R>
-  void run() const {
-    const int64_t whole = values.rows / PER_WORD<Scalar>;
-    for (int64_t column = 0; column < values.words * PER_WORD<Scalar>; column += PANEL) {
-      const char* const ahead = next + column * whole * WORD_BYTES<Scalar>;
-      f32x added[R][VECTORS] = {};
-      for (int64_t step = 0; step < whole; step++) multiply<false>(step, column, ahead, added);
-      if (whole * PER_WORD<Scalar> < values.rows) multiply<true>(whole, column, ahead, added);
-      for (int r = 0; r < R; r++) {
-        for (int v = 0; v < VECTORS; v++) {
-          float* const to = sum + r * sum_row + column + v * LANES;
-          store(to, all ? added[r][v] : load(to) + added[r][v]);
+#pragma GCC unroll 8
+      for (int k = 0; k < KEYS; k += QUAD) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+          const f32x a = add_pairs(sum[k][v], sum[k + 1][v], Lanes());
+          const f32x b = add_pairs(sum[k + 2][v], sum[k + 3][v], Lanes());
+          store(score + ((i + k) / QUAD * V + v) * LANES, add_neighbours(a, b, Lanes()));
         }
       }
     }
   }
 };
 
-template <class Products>
-void run_rows(int64_t rows, const Products& products) {
-  static_assert(ROWS == 6);
-  switch (rows) {
-    case 1: return products.template run<1>();
-    case 2: return products.template run<2>();
-    case 3: return products.template run<3>();
-    case 4: return products.template run<4>();
-    case 5: return products.template run<5>();
-    default: return products.template run<ROWS>();
+// sum += weight * value, for some of the rows. The numbers of a value are a multiple of PANEL.
+template <class Scalar>
+struct FewSums {
+  const float* weight;  // [word / QUAD][V][LANES]
+  int64_t V, first;     // the first row
+  Rows<Scalar> values;
+  float* sum;  // of the first row
+  int64_t sum_row;
+  const char* next;
+
+  // A word of weights and a panel of the values that belong to it: of `count` <= P keys.
+  template <int R>
+  static MEMKERNEL_INLINE void multiply(const float* weight, const Scalar* from, int64_t row, int64_t count,
+                                        f32x (&added)[R][VECTORS]) {
+    constexpr int P = PER_WORD<Scalar>;
+    f32x part[VECTORS];
+    for (int v = 0; v < VECTORS; v += P) {
+      f32x rows[P];
+      for (int i = 0; i < P; i++) rows[i] = i < count ? load_words(from + i * row + v * LANES) : f32x{};
+      interleave<Scalar>(rows, part + v);
+    }
+    for (int r = 0; r < R; r++) {
+      const f32x word = broadcast(weight[r * QUAD]);
+      for (int v = 0; v < VECTORS; v++) added[r][v] = multiply_add<Scalar>(word, part[v], added[r][v]);
+    }
   }
+
+  template <int R>
+  void run() const {
+    constexpr int P = PER_WORD<Scalar>;
+    const auto [weight, V, first, values, sum, sum_row, next] = *this;
+    const char* ahead = next;
+    for (int64_t column = 0; column < values.words * P; column += PANEL) {
+      const float* word = weight + first * QUAD;
+      const Scalar* from = values.from + column;
+      f32x added[R][VECTORS] = {};
+      for (int64_t i = 0; i < values.rows; i += P) {
+        fetch<PANEL * WORD_BYTES<Scalar>>(ahead);
+        if (i + P <= values.rows) {
+          multiply(word, from, values.row, P, added);
+        } else {
+          multiply(word, from, values.row, values.rows - i, added);
+        }
+        ahead += PANEL * WORD_BYTES<Scalar>;
+        from += P * values.row;
+        word += (i / P + 1) % QUAD ? 1 : V * LANES - (QUAD - 1);
+      }
+      for (int r = 0; r < R; r++) {
+        for (int v = 0; v < VECTORS; v++) {
+          float* const to = sum + r * sum_row + column + v * LANES;
+          store(to, load(to) + added[r][v]);
+        }
+      }
+    }
+  }
+};
+
+// products.run<n>(), 1 <= n <= MOST.
+template <int MOST, int N = 1, class Products>
+void run(int64_t n, const Products& products) {
+  if constexpr (N < MOST) {
+    if (n > N) return run<MOST, N + 1>(n, products);
+  }
+  products.template run<N>();
 }
 
 }  // namespace MEMKERNEL_ISA

@@ -1,6 +1,7 @@
 // The parts of attention that touch every number: packed operands, their products, and the softmax of a row.
 #pragma once
 
+#include "fetch.h"
 #include "simd.h"
 
 namespace memkernel {
@@ -9,7 +10,6 @@ namespace MEMKERNEL_ISA {
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr int ROWS = 6;                   // ROWS x VECTORS sums nearly fill the vector registers
 constexpr int PANEL = VECTORS * LANES;    // columns of a packed operand that lie together
-constexpr int LINE = 64;                  // bytes of a cache line
 constexpr float NEVER = -3.40282347e38f;  // a maximum below any score, but finite: NEVER - NEVER is 0
 
 // Operands of the products are 32-bit words: a float, or two bf16 where the processor multiplies and adds pairs.

@@ -1,5 +1,6 @@
 // y = x W^T for a few rows of x: bound by reading W, so each weight is read from memory once, in its own order.
 #include "buffer.h"
+#include "fetch.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -110,7 +111,7 @@ struct LinearProduct {
       for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE)
         for (int s = 0; s < SUMS; ++s) {
           const Scalar* from = w + i + s * D::SIZE;
-          __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD, 0, 3);
+          fetch<LINE>(reinterpret_cast<const char*>(from) + AHEAD);
           add(i + s * D::SIZE, D::load_weights(from), sums[s]);
         }
       for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);

@@ -89,6 +89,31 @@ inline f32x load(const bf16* from) {
   return (f32x)(__builtin_convertvector(half, u32x) << 16);
 }
 
+// Four numbers, as often as they fill a vector.
+inline f32x load_four(const float* from) {
+#if defined(__AVX512F__)
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(from));
+#elif defined(__AVX2__)
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(from));
+#else
+  return load(from);
+#endif
+}
+
+inline f32x load_four(const bf16* from) {
+#if defined(__AVX2__)
+  const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m128 four = _mm_castsi128_ps(_mm_slli_epi32(bits, 16));
+#if defined(__AVX512F__)
+  return _mm512_broadcast_f32x4(four);
+#else
+  return _mm256_set_m128(four, four);
+#endif
+#else
+  return load(from);
+#endif
+}
+
 inline void store(float* to, f32x x) {
   __builtin_memcpy(to, &x, sizeof x);
 }
@@ -178,29 +203,37 @@ inline void transpose(f32x (&row)[LANES]) {
   transpose(row, Lanes());
 }
 
-// Added to a small number, leaves it rounded in the low bits, as a float's biased exponent.
-constexpr float TO_EXPONENT = 12582912.f + 127.f;
-
-// 2^(f + n) for |f| <= 1/2 and integers n from -127 (gives 0) to 128 (infinity), given as n + TO_EXPONENT.
-inline f32x power_of_2(f32x f, f32x exponent) {
-  // Minimax in relative error, with 1 as the first coefficient.
+// 2^f for |f| <= 1/2: minimax in relative error, with 1 as the first coefficient.
+inline f32x exp2_of_fraction(f32x f) {
   f32x y = fma(broadcast(1.5353362e-4f), f, broadcast(1.33988744e-3f));
   y = fma(y, f, broadcast(9.61843736e-3f));
   y = fma(y, f, broadcast(5.55033247e-2f));
   y = fma(y, f, broadcast(2.40226479e-1f));
   y = fma(y, f, broadcast(6.93147203e-1f));
-  y = fma(y, f, broadcast(1));
-  return y * (f32x)((u32x)exponent << 23);
+  return fma(y, f, broadcast(1));
 }
 
-// 2^x to 1.2 ulp; 0 for x < -126.5, infinity for x > 127.5, NaN for NaN.
+// Added to a small number, leaves it rounded in the low bits, as a float's biased exponent.
+constexpr float TO_EXPONENT = 12582912.f + 127.f;
+
+// 2^(f + n) for |f| <= 1/2 and integers n from -127 (gives 0) to 128 (infinity), given as n + TO_EXPONENT.
+inline f32x power_of_2(f32x f, f32x exponent) {
+  return exp2_of_fraction(f) * (f32x)((u32x)exponent << 23);
+}
+
+// 2^x to 1.2 ulp; NaN for NaN. Below 2^-126 it may be 0 already, above 2^127.5 infinity.
 inline f32x exp2(f32x x) {
+#if defined(__AVX512DQ__)
+  const f32x f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for infinities
+  return _mm512_scalef_ps(exp2_of_fraction(f), x - f);
+#else
   x = min(broadcast(128), max(broadcast(-127), x));
   const f32x exponent = x + TO_EXPONENT;
   return power_of_2(x - (exponent - TO_EXPONENT), exponent);
+#endif
 }
 
-// e^x to 2 ulp; 0, infinity and NaN as exp2.
+// e^x to 2 ulp; NaN for NaN, 0 for x < -87.7 and infinity for x > 88.4.
 inline f32x exp(f32x x) {
   x = min(broadcast(89), max(broadcast(-88), x));
   const f32x exponent = fma(x, broadcast(1.44269504f), broadcast(TO_EXPONENT));
