@@ -11,7 +11,7 @@ static constexpr int COLUMNS = 4;  // and as many weight rows a load of x
 static constexpr int BLOCK = 64;   // weight rows that a thread takes at a time
 // Of one or two x rows, for which one weight row after the other is read:
 static constexpr int SUMS = 4;          // that do not wait for each other
-static constexpr int AHEAD = 16 << 10;  // bytes of W that are fetched ahead
+static constexpr int AHEAD = 8 << 10;  // bytes of W that are fetched ahead
 
 static thread_local Buffer packed_x;
 
@@ -85,10 +85,14 @@ struct LinearProduct {
         for (int k = 0; k < O; ++k) sums[j][k] = D::add(sums[j][k], weights[k], numbers);
       }
     };
+    // Each of the tiles that share these weight rows fetches some of the next ones, so that memory is never idle: the
+    // processor's own prefetcher stops at the end of each page.
+    const int64_t tiles = (a.N + ROWS - 1) / ROWS, index = n / ROWS;
+    const Scalar* const next = w + (O + O * index / tiles) * a.weight_out;
+    const int64_t fetched = O * (index + 1) / tiles - O * index / tiles;
     const int64_t whole = a.in - a.in % D::SIZE;
     for (int64_t i = 0; i < whole; i += D::SIZE) {
-      if (n == 0)  // the next weight rows: the processor's own prefetcher stops at the end of each page
-        for (int k = 0; k < O; ++k) __builtin_prefetch(w + (k + O) * a.weight_out + i, 0, 2);
+      for (int64_t k = 0; k < fetched; ++k) __builtin_prefetch(next + k * a.weight_out + i, 0, 2);
       step(i, [](const Scalar* p) { return D::load_weights(p); });
     }
     if (whole < a.in) step(whole, [&](const Scalar* p) { return D::load_weights(p, a.in - whole); });
