@@ -2,10 +2,6 @@
 #include <atomic>
 #include <cstring>
 
-#ifdef __x86_64__
-#include <cpuid.h>
-#endif
-
 #include "cpu/kernels.h"
 
 namespace memkernel {
@@ -52,22 +48,7 @@ const Tables& tables() {
 
 std::atomic<const Kernels*> in_use{nullptr};
 
-// AMD's processors since Zen 5, where the first level keeps enough lines under way. Elsewhere its few misses bound the
-// rate at which memory delivers: on Zen 4 to two thirds.
-bool keeps_many_misses() {
-#ifdef __x86_64__
-  __builtin_cpu_init();  // this may run before the constructors of libgcc
-  unsigned eax = 0, ebx, ecx, edx;
-  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
-  return (eax >> 8 & 0xf) + (eax >> 20 & 0xff) >= 0x1a;  // the family
-#else
-  return false;
-#endif
-}
-
 }  // namespace
-
-const bool fetches_into_first_level = keeps_many_misses();
 
 int kernel_tables(const Kernels* const** list) {
   *list = tables().list;

@@ -18,7 +18,6 @@ constexpr int64_t SOME_ROWS = 48;     // up to here memory is read more evenly i
 constexpr int64_t KEYS_OF_SOME = 128;
 constexpr int64_t KEYS_OF_MANY = 256;
 constexpr int64_t KEYS_OF_TILE = 16;  // of a block, which all heads read before they go on, where none packs it
-constexpr int64_t KEYS_AHEAD = 2 * KEYS_OF_TILE;  // that are fetched meanwhile
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
 static_assert(KEYS_OF_TILE % LANES == 0 && KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
@@ -275,13 +274,16 @@ class Attention {
         for (int64_t h = 0; h < task.heads; h++) body(k, min(KEYS_OF_TILE, keys - k), h);
       }
     };
-    // What head h fetches while it multiplies: its share of the tile that is read as many keys later.
-    const auto ahead = [&](bool values, int64_t k, int64_t h) {
-      const bool other = k + KEYS_AHEAD >= keys;  // then the block's values, or the next block's keys
-      const int64_t next = key + k + KEYS_AHEAD - (other && !values ? keys : 0);
-      const Scalar* const from = values == other ? segment.key : segment.value;
-      const int64_t row = values == other ? segment.key_row : segment.value_row;
-      return reinterpret_cast<const char*>(from + next * row + h * KEYS_OF_TILE * row / task.heads);
+    // What head h fetches while it multiplies: its share of the tile that is read next.
+    const auto next = [&](const Scalar* rows, int64_t row, int64_t first, int64_t h) {
+      return reinterpret_cast<const char*>(rows + first * row + h * KEYS_OF_TILE * row / task.heads);
+    };
+    const auto next_of_keys = [&](int64_t k, int64_t h) {
+      return k < keys ? next(segment.key, segment.key_row, key + k, h) : next(segment.value, segment.value_row, key, h);
+    };
+    const auto next_of_values = [&](int64_t k, int64_t h) {
+      return k < keys ? next(segment.value, segment.value_row, key + k, h)
+                      : next(segment.key, segment.key_row, key + keys, h);
     };
     const auto scores = [&](int64_t h, int64_t k) {
       return scratch.score + (h * block_keys + k) * registers * QUADS;
@@ -289,7 +291,7 @@ class Attention {
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
       const FewScores<Scalar> products = {few_queries(scratch, h, 0),
                                           rows_of(segment.key, segment.key_row, task.head + h, key + k, count),
-                                          scores(h, k), ahead(false, k, h)};
+                                          scores(h, k), next_of_keys(k + KEYS_OF_TILE, h)};
       ::memkernel::MEMKERNEL_ISA::run<ceil_div(ROWS, QUADS)>(registers, products);
     });
     for (int64_t h = 0; h < task.heads; h++) {
@@ -306,7 +308,7 @@ class Attention {
                                         rows_of(segment.value, segment.value_row, task.head + h, key + k, count),
                                         scratch.added + h * rows * columns,
                                         columns,
-                                        ahead(true, k, h)};
+                                        next_of_values(k + KEYS_OF_TILE, h)};
       ::memkernel::MEMKERNEL_ISA::run<ROWS>(rows, products);
     });
     for (int64_t h = 0; h < task.heads; h++) {  // once a block: a long sum has a larger error

@@ -17,6 +17,8 @@ constexpr int QUADS = LANES / QUAD;
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
+constexpr int64_t LATER = 16 << 10;  // bytes between what is fetched into the first cache level and into the second
+
 // QUAD words, for each of the rows of a register.
 template <class Scalar>
 MEMKERNEL_INLINE f32x load_quads(const Scalar* from) {
@@ -74,7 +76,7 @@ struct FewScores {
       for (int k = 0; k < KEYS; k++) key[k] = keys.from + min(i + k, keys.rows - 1) * keys.row;
       f32x sum[KEYS][V] = {};
       for (int64_t word = 0; word < keys.words; word += QUAD) {
-        fetch<KEYS * QUAD * WORD_BYTES<Scalar>>(next + (i * keys.words + KEYS * word) * WORD_BYTES<Scalar>);
+        fetch<KEYS * QUAD * WORD_BYTES<Scalar>>(next + (i * keys.words + KEYS * word) * WORD_BYTES<Scalar>, LATER);
         const float* const rows = query + word / QUAD * V * LANES;
 #pragma GCC unroll 8  // or the sums are kept in memory
         for (int k = 0; k < KEYS; k++) {
@@ -133,7 +135,7 @@ struct FewSums {
       const Scalar* from = values.from + column;
       f32x added[R][VECTORS] = {};
       for (int64_t i = 0; i < values.rows; i += P) {
-        fetch<PANEL * WORD_BYTES<Scalar>>(ahead);
+        fetch<PANEL * WORD_BYTES<Scalar>>(ahead, LATER);
         if (i + P <= values.rows) {
           multiply(word, from, values.row, P, added);
         } else {

@@ -118,7 +118,4 @@ int kernel_tables(const Kernels* const** tables);
 const Kernels& kernels();
 bool use_kernels(const char* isa);  // false if there is no such table
 
-// isa.cpp: whether memory is fetched ahead into the first cache level, or into the second.
-extern const bool fetches_into_first_level;
-
 }  // namespace memkernel

@@ -11,7 +11,8 @@ static constexpr int COLUMNS = 4;  // and as many weight rows a load of x
 static constexpr int BLOCK = 64;   // weight rows that a thread takes at a time
 // Of one or two x rows, for which one weight row after the other is read:
 static constexpr int SUMS = 4;          // that do not wait for each other
-static constexpr int AHEAD = 8 << 10;  // bytes of W that are fetched ahead
+static constexpr int AHEAD = 2 << 10;  // bytes of W that are fetched ahead into the first cache level,
+static constexpr int LATER = 6 << 10;  // and as many more into the second
 
 static thread_local Buffer packed_x;
 
@@ -115,7 +116,7 @@ struct LinearProduct {
       for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE)
         for (int s = 0; s < SUMS; ++s) {
           const Scalar* from = w + i + s * D::SIZE;
-          fetch<LINE>(reinterpret_cast<const char*>(from) + AHEAD);
+          fetch<LINE>(reinterpret_cast<const char*>(from) + AHEAD, LATER);
           add(i + s * D::SIZE, D::load_weights(from), sums[s]);
         }
       for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);
