@@ -229,12 +229,15 @@ def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """The processor's model and cores, or the GPU's name."""
+    """The processor's model and threads, or the GPU's name. Virtual machines often hide the model's name, not its
+    family and number."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    first = {key.strip(): value.strip() for key, _, value in reversed([line.partition(":") for line in lines])}
+    name = first.get("model name") or platform.processor() or platform.machine()
+    kind = f" (family {first['cpu family']}, model {first['model']})" if "cpu family" in first else ""
+    return f"{name}{kind}, {torch.get_num_threads()} threads"
 
 
 def commit() -> tuple[str, bool]:
