@@ -18,6 +18,7 @@ constexpr int64_t SOME_ROWS = 48;     // up to here memory is read more evenly i
 constexpr int64_t KEYS_OF_SOME = 128;
 constexpr int64_t KEYS_OF_MANY = 256;
 constexpr int64_t KEYS_OF_TILE = 16;  // of a block, which all heads read before they go on, where none packs it
+constexpr int64_t NEAR_BYTES = 16 << 10;  // of a tile, to fit into the first cache level beside the one in use
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
 static_assert(KEYS_OF_TILE % LANES == 0 && KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
@@ -212,6 +213,8 @@ class Attention {
   }
 
   void start(const Task& task, const Scratch& scratch) const {
+    // Of few rows a register may have places for more.
+    if (!packs) __builtin_memset(scratch.query, 0, task.heads * words * registers * QUADS * sizeof(float));
     for (int64_t h = 0; h < task.heads; h++) {
       for (int64_t x = 0; x < task.rows; x++) {
         const int64_t row = h * max_rows + x;
@@ -220,10 +223,12 @@ class Attention {
           const f32x numbers = load_words(from + word * PER_WORD<Scalar>, words - word);
           if (packs) {
             store(scratch.query + row * round_up(words, LANES) + word, numbers);
+          } else if (max_rows == 1) {
+            store(few_queries(scratch, h) + word, numbers);
           } else {
             for (int c = 0; c < QUADS; c++) {
-              const float* const quad = reinterpret_cast<const float*>(&numbers) + c * QUAD;
-              __builtin_memcpy(few_queries(scratch, h, word + c * QUAD) + x * QUAD, quad, QUAD * sizeof(float));
+              float* const to = few_queries(scratch, h) + (word / QUAD + c) * registers * LANES + x * QUAD;
+              __builtin_memcpy(to, reinterpret_cast<const float*>(&numbers) + c * QUAD, QUAD * sizeof(float));
             }
           }
         }
@@ -231,9 +236,8 @@ class Attention {
         __builtin_memset(scratch.sum + row * columns, 0, columns * sizeof(float));
       }
     }
-    for (int64_t i = 0; i < max_heads * registers * LANES; i += LANES) {
-      store(scratch.max + i, broadcast(NEVER));
-      store(scratch.total + i, f32x{});
+    if (!packs) {
+      for (int64_t h = 0; h < task.heads; h++) few_softmax(scratch, h).start();
     }
   }
 
@@ -276,7 +280,8 @@ class Attention {
     };
     // What head h fetches while it multiplies: its share of the tile that is read next.
     const auto next = [&](const Scalar* rows, int64_t row, int64_t first, int64_t h) {
-      return reinterpret_cast<const char*>(rows + first * row + h * KEYS_OF_TILE * row / task.heads);
+      const char* const from = reinterpret_cast<const char*>(rows + first * row + h * KEYS_OF_TILE * row / task.heads);
+      return Ahead{from, KEYS_OF_TILE * row * int64_t(sizeof(Scalar)) <= NEAR_BYTES};
     };
     const auto next_of_keys = [&](int64_t k, int64_t h) {
       return k < keys ? next(segment.key, segment.key_row, key + k, h) : next(segment.value, segment.value_row, key, h);
@@ -289,19 +294,19 @@ class Attention {
       return scratch.score + (h * block_keys + k) * registers * QUADS;
     };
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
-      const FewScores<Scalar> products = {few_queries(scratch, h, 0),
+      const FewScores<Scalar> products = {few_queries(scratch, h),
                                           rows_of(segment.key, segment.key_row, task.head + h, key + k, count),
                                           scores(h, k), next_of_keys(k + KEYS_OF_TILE, h)};
-      ::memkernel::MEMKERNEL_ISA::run<ceil_div(ROWS, QUADS)>(registers, products);
+      run_products<0, ceil_div(ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
     });
     for (int64_t h = 0; h < task.heads; h++) {
       hide_few(task, segment, key, keys, scores(h, 0));
-      raise_max(round_up(keys, KEYS_OF_TILE), scores(h, 0), h, scratch);
+      few_softmax(scratch, h).raise_max(scores(h, 0), round_up(keys, KEYS_OF_TILE));
     }
     const int64_t rows = segment.last - segment.first;
     __builtin_memset(scratch.added, 0, task.heads * rows * columns * sizeof(float));
     for_tiles([&](int64_t k, int64_t count, int64_t h) {
-      soften_tile(scores(h, k), h, scratch);
+      few_softmax(scratch, h).soften(scores(h, k), KEYS_OF_TILE, scratch.weight);
       const FewSums<Scalar> products = {scratch.weight,
                                         registers,
                                         segment.first - task.first,
@@ -309,78 +314,42 @@ class Attention {
                                         scratch.added + h * rows * columns,
                                         columns,
                                         next_of_values(k + KEYS_OF_TILE, h)};
-      ::memkernel::MEMKERNEL_ISA::run<ROWS>(rows, products);
+      run_products<1, ROWS>(rows, products);
     });
     for (int64_t h = 0; h < task.heads; h++) {  // once a block: a long sum has a larger error
       for (int64_t r = 0; r < rows; r++) {
         const int64_t x = segment.first - task.first + r;
         float* const sum = scratch.sum + (h * max_rows + x) * columns;
         const float* const added = scratch.added + (h * rows + r) * columns;
-        const f32x rescale = broadcast(scratch.rescale[h * registers * LANES + x * QUAD]);
+        const f32x rescale = broadcast(few_softmax(scratch, h).rescale[x * QUAD]);
         for (int64_t d = 0; d < columns; d += LANES) store(sum + d, fma(load(sum + d), rescale, load(added + d)));
       }
     }
   }
 
-  // Word `word` of head h's few rows, and those of its quad.
-  float* few_queries(const Scratch& scratch, int64_t h, int64_t word) const {
-    return scratch.query + (h * words + word) / QUAD * registers * LANES;
+  float* few_queries(const Scratch& scratch, int64_t h) const {
+    return scratch.query + h * words * registers * QUADS;
   }
 
   // Scores with keys that a row does not see, or that there are not, and those of rows of other segments: -infinity.
   void hide_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys, float* score) const {
-    for (int64_t row = 0; row < registers * QUADS; row++) {
-      const int64_t x = task.first + row;
+    for (int64_t x = task.first; x < task.first + task.rows; x++) {
       const bool reads = segment.first <= x && x < segment.last;
       const int64_t seen = reads ? max(0, min(keys, segment.seen(x) - key)) : 0;
       for (int64_t k = seen; k < round_up(keys, KEYS_OF_TILE); k++) {
-        score[k / QUAD * registers * LANES + row * QUAD + k % QUAD] = -__builtin_inff();
+        score[k / QUAD * registers * LANES + (x - task.first) * QUAD + k % QUAD] = -__builtin_inff();
       }
     }
   }
 
-  // The maxima of head h's few rows with a block's scores, and the factors that bring earlier sums to them.
-  void raise_max(int64_t keys, const float* score, int64_t h, const Scratch& scratch) const {
-    for (int64_t v = 0; v < registers; v++) {
-      const int64_t i = (h * registers + v) * LANES;
-      const f32x before = load(scratch.max + i);
-      f32x largest = before;
-      for (int64_t k = 0; k < keys; k += QUAD) largest = max(load(score + (k / QUAD * registers + v) * LANES), largest);
-      largest = max_of_quads(largest, Lanes());
-      const f32x rescale = exp2((before - largest) * scale);
-      store(scratch.max + i, largest);
-      store(scratch.rescale + i, rescale);
-      store(scratch.total + i, load(scratch.total + i) * rescale);
-    }
-  }
-
-  // A tile's scores -> weights, and their total as rounded, as soften() of attention_tile.h.
-  void soften_tile(const float* score, int64_t h, const Scratch& scratch) const {
-    constexpr int P = PER_WORD<Scalar>;
-    for (int64_t v = 0; v < registers; v++) {
-      const int64_t i = (h * registers + v) * LANES;
-      const f32x largest = load(scratch.max + i);
-      f32x total = load(scratch.total + i);
-      for (int64_t k = 0; k < KEYS_OF_TILE; k += QUAD * P) {
-        f32x x[P];
-        for (int p = 0; p < P; p++) {
-          x[p] = exp2((load(score + ((k / QUAD + p) * registers + v) * LANES) - largest) * scale);
-        }
-        const f32x packed = pack_quads<Scalar>(x);
-        store(scratch.weight + (k / QUAD / P * registers + v) * LANES, packed);
-        total = multiply_add<Scalar>(packed, one_words<Scalar>(), total);
-      }
-      store(scratch.total + i, total);
-    }
+  FewSoftmax<Scalar> few_softmax(const Scratch& scratch, int64_t h) const {
+    const int64_t lane = h * registers * LANES;
+    return {registers, scale, scratch.max + lane, scratch.total + lane, scratch.rescale + lane};
   }
 
   void finish_few(const Task& task, const Scratch& scratch) const {
     for (int64_t h = 0; h < task.heads; h++) {
-      for (int64_t x = 0; x < task.rows; x++) {
-        const int64_t i = h * registers * LANES + x * QUAD;
-        const float* const total = scratch.total + i;
-        scratch.softmax[h * max_rows + x] = {scratch.max[i], (total[0] + total[1]) + (total[2] + total[3])};
-      }
+      for (int64_t x = 0; x < task.rows; x++) scratch.softmax[h * max_rows + x] = few_softmax(scratch, h).of_row(x);
     }
   }
 

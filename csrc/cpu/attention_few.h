@@ -17,7 +17,15 @@ constexpr int QUADS = LANES / QUAD;
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
-constexpr int64_t LATER = 16 << 10;  // bytes between what is fetched into the first cache level and into the second
+// What the products fetch meanwhile.
+struct Ahead {
+  const char* next;
+  bool near;
+
+  MEMKERNEL_INLINE void fetch(int64_t offset, int64_t bytes) const {
+    MEMKERNEL_ISA::fetch(next + offset, bytes, near, 16 << 10);
+  }
+};
 
 // QUAD words, for each of the rows of a register.
 template <class Scalar>
@@ -38,6 +46,13 @@ template <int... I>
 MEMKERNEL_INLINE f32x add_neighbours(f32x a, f32x b, std::integer_sequence<int, I...>) {
   return shuffle<((I & ~3) + (I & 1) * 2 + (I & 2) / 2 * LANES)...>(a, b) +
          shuffle<((I & ~3) + (I & 1) * 2 + (I & 2) / 2 * LANES + 1)...>(a, b);
+}
+
+// The sum of the quads, in all of them.
+template <int S, int... I>
+MEMKERNEL_INLINE f32x add_quads(f32x x, std::integer_sequence<int, I...> lanes) {
+  if constexpr (S < LANES) return add_quads<2 * S>(x + shuffle<(I ^ S)...>(x, x), lanes);
+  return x;
 }
 
 // Each quad's largest, in all of its places.
@@ -62,25 +77,29 @@ MEMKERNEL_INLINE f32x pack_quads(const f32x (&weights)[PER_WORD<Scalar>]) {
 // score = query * key^T; the keys are a tile, or the last ones.
 template <class Scalar>
 struct FewScores {
-  const float* query;  // [word / QUAD][V][LANES]
+  const float* query;  // [word / QUAD][V][LANES]; of one row only: [word]
   Rows<Scalar> keys;
   float* score;  // [key / QUAD][V][LANES]
-  const char* next;
+  Ahead ahead;
 
-  template <int V>
+  // Of one row for N = 0, whose sums' parts fill a register, or of the rows of V = N registers.
+  template <int N>
   void run() const {
+    constexpr int V = N ? N : 1;
+    constexpr int STEP = N ? QUAD : LANES;                  // words
     constexpr int KEYS = V * LANES > 32 ? QUAD : 2 * QUAD;  // the more, the fewer products wait for each other
-    const auto [query, keys, score, next] = *this;          // so that nobody stores to them
+    const auto [query, keys, score, ahead] = *this;         // so that nobody stores to them
     for (int64_t i = 0; i < keys.rows; i += KEYS) {
       const Scalar* key[KEYS];
       for (int k = 0; k < KEYS; k++) key[k] = keys.from + min(i + k, keys.rows - 1) * keys.row;
       f32x sum[KEYS][V] = {};
-      for (int64_t word = 0; word < keys.words; word += QUAD) {
-        fetch<KEYS * QUAD * WORD_BYTES<Scalar>>(next + (i * keys.words + KEYS * word) * WORD_BYTES<Scalar>, LATER);
-        const float* const rows = query + word / QUAD * V * LANES;
+      for (int64_t word = 0; word < keys.words; word += STEP) {
+        ahead.fetch((i * keys.words + KEYS * word) * WORD_BYTES<Scalar>, KEYS * STEP * WORD_BYTES<Scalar>);
+        const float* const rows = query + word / STEP * V * LANES;
 #pragma GCC unroll 8  // or the sums are kept in memory
         for (int k = 0; k < KEYS; k++) {
-          const f32x words = load_quads(key[k] + word * PER_WORD<Scalar>);
+          const Scalar* const from = key[k] + word * PER_WORD<Scalar>;
+          const f32x words = N ? load_quads(from) : load_words(from);
 #pragma GCC unroll 8
           for (int v = 0; v < V; v++) sum[k][v] = multiply_add<Scalar>(load(rows + v * LANES), words, sum[k][v]);
         }
@@ -91,10 +110,66 @@ struct FewScores {
         for (int v = 0; v < V; v++) {
           const f32x a = add_pairs(sum[k][v], sum[k + 1][v], Lanes());
           const f32x b = add_pairs(sum[k + 2][v], sum[k + 3][v], Lanes());
-          store(score + ((i + k) / QUAD * V + v) * LANES, add_neighbours(a, b, Lanes()));
+          const f32x scores = add_neighbours(a, b, Lanes());
+          store(score + ((i + k) / QUAD * V + v) * LANES, N ? scores : add_quads<QUAD>(scores, Lanes()));
         }
       }
     }
+  }
+};
+
+// The running softmax of a few rows, a quad each in V registers.
+template <class Scalar>
+struct FewSoftmax {
+  int64_t V;
+  float scale;     // of scores, to exponents in base 2
+  float* max;      // [V][LANES], the largest score so far, in all of a quad
+  float* total;    // [V][LANES], of the weights so far relative to it, in parts
+  float* rescale;  // [V][LANES], the factor that brings earlier sums to the last maximum
+
+  void start() const {
+    for (int64_t v = 0; v < V; v++) {
+      store(max + v * LANES, broadcast(NEVER));
+      store(total + v * LANES, f32x{});
+    }
+  }
+
+  // Before a block's weights are made. score [key / QUAD][V][LANES].
+  void raise_max(const float* score, int64_t keys) const {
+    for (int64_t v = 0; v < V; v++) {
+      const f32x before = load(max + v * LANES);
+      f32x largest = before;
+      for (int64_t k = 0; k < keys / QUAD; k++) {
+        largest = MEMKERNEL_ISA::max(load(score + (k * V + v) * LANES), largest);
+      }
+      largest = max_of_quads(largest, Lanes());
+      const f32x factor = exp2((before - largest) * scale);
+      store(max + v * LANES, largest);
+      store(rescale + v * LANES, factor);
+      store(total + v * LANES, load(total + v * LANES) * factor);
+    }
+  }
+
+  // Scores -> weights [word / QUAD][V][LANES], and their total as rounded; see soften() of attention_tile.h.
+  void soften(const float* score, int64_t keys, float* weight) const {
+    constexpr int P = PER_WORD<Scalar>;
+    for (int64_t v = 0; v < V; v++) {
+      const f32x largest = load(max + v * LANES);
+      f32x sum = load(total + v * LANES);
+      for (int64_t k = 0; k < keys / QUAD; k += P) {
+        f32x x[P];
+        for (int p = 0; p < P; p++) x[p] = exp2((load(score + ((k + p) * V + v) * LANES) - largest) * scale);
+        const f32x words = pack_quads<Scalar>(x);
+        store(weight + (k / P * V + v) * LANES, words);
+        sum = multiply_add<Scalar>(words, one_words<Scalar>(), sum);
+      }
+      store(total + v * LANES, sum);
+    }
+  }
+
+  Softmax of_row(int64_t x) const {
+    const float* const part = total + x * QUAD;
+    return {max[x * QUAD], (part[0] + part[1]) + (part[2] + part[3])};
   }
 };
 
@@ -106,7 +181,7 @@ struct FewSums {
   Rows<Scalar> values;
   float* sum;  // of the first row
   int64_t sum_row;
-  const char* next;
+  Ahead ahead;
 
   // A word of weights and a panel of the values that belong to it: of `count` <= P keys.
   template <int R>
@@ -128,20 +203,20 @@ struct FewSums {
   template <int R>
   void run() const {
     constexpr int P = PER_WORD<Scalar>;
-    const auto [weight, V, first, values, sum, sum_row, next] = *this;
-    const char* ahead = next;
+    const auto [weight, V, first, values, sum, sum_row, ahead] = *this;
+    int64_t fetched = 0;
     for (int64_t column = 0; column < values.words * P; column += PANEL) {
       const float* word = weight + first * QUAD;
       const Scalar* from = values.from + column;
       f32x added[R][VECTORS] = {};
       for (int64_t i = 0; i < values.rows; i += P) {
-        fetch<PANEL * WORD_BYTES<Scalar>>(ahead, LATER);
+        ahead.fetch(fetched, PANEL * WORD_BYTES<Scalar>);
         if (i + P <= values.rows) {
           multiply(word, from, values.row, P, added);
         } else {
           multiply(word, from, values.row, values.rows - i, added);
         }
-        ahead += PANEL * WORD_BYTES<Scalar>;
+        fetched += PANEL * WORD_BYTES<Scalar>;
         from += P * values.row;
         word += (i / P + 1) % QUAD ? 1 : V * LANES - (QUAD - 1);
       }
@@ -155,13 +230,13 @@ struct FewSums {
   }
 };
 
-// products.run<n>(), 1 <= n <= MOST.
-template <int MOST, int N = 1, class Products>
-void run(int64_t n, const Products& products) {
-  if constexpr (N < MOST) {
-    if (n > N) return run<MOST, N + 1>(n, products);
+// products.run<n>(), LEAST <= n <= MOST.
+template <int LEAST, int MOST, class Products>
+void run_products(int64_t n, const Products& products) {
+  if constexpr (LEAST < MOST) {
+    if (n > LEAST) return run_products<LEAST + 1, MOST>(n, products);
   }
-  products.template run<N>();
+  products.template run<LEAST>();
 }
 
 }  // namespace MEMKERNEL_ISA

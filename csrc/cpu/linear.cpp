@@ -116,7 +116,7 @@ struct LinearProduct {
       for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE)
         for (int s = 0; s < SUMS; ++s) {
           const Scalar* from = w + i + s * D::SIZE;
-          fetch<LINE>(reinterpret_cast<const char*>(from) + AHEAD, LATER);
+          fetch(reinterpret_cast<const char*>(from) + AHEAD, LINE, true, LATER);
           add(i + s * D::SIZE, D::load_weights(from), sums[s]);
         }
       for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);
