@@ -204,6 +204,17 @@ def test_a_broken_memory_row_is_not_hidden(name, index, number, isa):
     assert torch.equal(out.isinf(), want.isinf())
 
 
+@pytest.mark.parametrize("name", ["attention-two-rows", "attention-six-rows", "attention-8-on-one"])
+@pytest.mark.parametrize("index", [3, 4], ids=["key", "value"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_broken_row_of_one_sequence_does_not_reach_the_others(name, index, number, isa):
+    op, args = CASES[name]()
+    want = ops.memory_attention(*args)
+    args[index][0, 0] = number
+    out = ops.memory_attention(*args)
+    assert not out[0].isfinite().all() and torch.equal(out[1:], want[1:])
+
+
 def test_a_forked_process_computes_too():
     """The threads of the parent do not exist in the child: waiting for them would never end."""
     torch.set_num_threads(2)

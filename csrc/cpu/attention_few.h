@@ -86,9 +86,9 @@ struct FewScores {
   template <int N>
   void run() const {
     constexpr int V = N ? N : 1;
-    constexpr int STEP = N ? QUAD : LANES;                  // words
-    constexpr int KEYS = V * LANES > 32 ? QUAD : 2 * QUAD;  // the more, the fewer products wait for each other
-    const auto [query, keys, score, ahead] = *this;         // so that nobody stores to them
+    constexpr int STEP = N ? QUAD : LANES;                 // words
+    constexpr int KEYS = V > LANES / 8 ? QUAD : 2 * QUAD;  // at a time: the more, the less do products wait
+    const auto [query, keys, score, ahead] = *this;        // so that nobody stores to them
     for (int64_t i = 0; i < keys.rows; i += KEYS) {
       const Scalar* key[KEYS];
       for (int k = 0; k < KEYS; k++) key[k] = keys.from + min(i + k, keys.rows - 1) * keys.row;
