@@ -234,6 +234,7 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    # Reversed, so that the first processor's lines are what remains.
     first = {key.strip(): value.strip() for key, _, value in reversed([line.partition(":") for line in lines])}
     name = first.get("model name") or platform.processor() or platform.machine()
     kind = f" (family {first['cpu family']}, model {first['model']})" if "cpu family" in first else ""

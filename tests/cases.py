@@ -98,6 +98,7 @@ CASES = {
     "attention-two-rows": attention(2, 1, 1, 2, 2, 64, 66, 5, [0, 4]),
     "attention-three-rows": attention(1, 1, 3, 2, 2, 128, 130, 9, [6]),
     "attention-five-rows": attention(1, 1, 5, 2, 2, 128, 65, 70, [60]),
+    "attention-few-tokens": attention(4, 2, 3, 2, 2, 64, 37, 9, [0, 1, 2, 6]),
     "attention-no-memory": attention(1, 1, 9, 4, 4, 32, 0, 9, [0]),
     "attention-one-row": attention(2, 1, 1, 2, 2, 16, 1, 4, [0, 3]),
     "attention-prefill": attention(1, 1, 65, 4, 2, 64, 257, 70, [5]),

@@ -204,11 +204,28 @@ def test_a_broken_memory_row_is_not_hidden(name, index, number, isa):
     assert torch.equal(out.isinf(), want.isinf())
 
 
+@pytest.mark.parametrize("T", [1, 9], ids=["few", "packed"])
+def test_many_equal_weights_sum_to_one(T, isa, threads):
+    """Equal numbers are rounded the same way each time: in one long float32 sum the errors add up."""
+    op, args = CASES["attention-12801"]()
+    args[0], args[3], args[4] = (
+        args[0][:, :1].repeat(1, T, 1, 1),
+        args[3].new_zeros(1, T, 1, 64),
+        args[4].new_ones(1, T, 1, 64),
+    )
+    args[1].zero_()
+    args[2].fill_(1)
+    args[1][0, 0, 0, :8], args[0][..., :8], args[5][0] = 2.302585, 1, 0  # the first weighs ten times as much
+    torch.testing.assert_close(ops.memory_attention(*args), torch.ones_like(args[0]), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("name", ["attention-two-rows", "attention-six-rows", "attention-8-on-one"])
 @pytest.mark.parametrize("index", [3, 4], ids=["key", "value"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
-def test_a_broken_row_of_one_sequence_does_not_reach_the_others(name, index, number, isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_broken_row_of_one_sequence_does_not_reach_the_others(name, index, number, dtype, isa):
     op, args = CASES[name]()
+    args = cast(op, args, dtype)
     want = ops.memory_attention(*args)
     args[index][0, 0] = number
     out = ops.memory_attention(*args)

@@ -5,6 +5,7 @@
 // A task takes some query rows, of one head or, where a head has few rows, of several, and a range of keys. Where the
 // keys of a query row are split over tasks, the partial results are combined in the order of the keys.
 #include "attention_few.h"
+#include "attention_task.h"
 #include "attention_tile.h"
 #include "buffer.h"
 #include "kernels.h"
@@ -21,41 +22,11 @@ constexpr int64_t KEYS_OF_TILE = 16;  // of a block, which all heads read before
 constexpr int64_t NEAR_BYTES = 16 << 10;  // of a tile, to fit into the first cache level beside the one in use
 constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
-static_assert(KEYS_OF_TILE % LANES == 0 && KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
+static_assert(KEYS_OF_TILE % (2 * QUAD) == 0 && KEYS_OF_SOME % KEYS_OF_TILE == 0);
+static_assert(KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
 
 thread_local Buffer scratch_buffer;
 thread_local Buffer partial_buffer;
-
-// The keys and values that query rows [first, last) of a task see: row x sees those before seen(x).
-template <class Scalar>
-struct Segment {
-  const Scalar *key, *value;
-  int64_t key_row, value_row;
-  int64_t first, last;
-  int64_t keys;
-  int64_t seen_by_0, rows_of_token;
-
-  int64_t seen(int64_t x) const {
-    return min(keys, seen_by_0 + x / rows_of_token);
-  }
-};
-
-struct Task {
-  int64_t pool;
-  int64_t head, heads;  // first key/value head and their number
-  int64_t first, rows;  // query rows of each head
-};
-
-struct Scratch {
-  float *query, *key, *value;  // packed
-  float *score, *weight;       // of ROWS query rows to a block of keys; of a few: of all heads, to a tile
-  float* rescale;              // of earlier sums, likewise
-  float *max, *total;          // of a few rows: of their softmax so far, the total in parts
-  float* added;                // of a few rows: a block's share of their sums
-  float* result;               // so far, of all heads and rows: their
-  Softmax* softmax;            // softmax, and their
-  float* sum;                  // of weight * value
-};
 
 template <class Scalar>
 class Attention {
@@ -196,6 +167,7 @@ class Attention {
         {&scratch.rescale, packs ? round_up(ROWS, LANES) : lanes},
         {&scratch.max, lanes},
         {&scratch.total, lanes},
+        {&scratch.added_total, lanes},
         {&scratch.added, packs ? 0 : rows * columns},
         {&scratch.result, splits > 1 ? 0 : partial_size()},
     };
@@ -232,7 +204,7 @@ class Attention {
             }
           }
         }
-        scratch.softmax[row] = {NEVER, 0};
+        if (packs) scratch.softmax[row] = {NEVER, 0};
         __builtin_memset(scratch.sum + row * columns, 0, columns * sizeof(float));
       }
     }
@@ -269,62 +241,79 @@ class Attention {
     return {from + key * row + head * a.D, row, keys, words};
   }
 
-  // The segment's query rows, ROWS at most. The heads' rows lie side by side, and all heads read some keys before any
-  // goes on: so memory is asked in its own order, by the products and by what they fetch ahead.
+  // All query rows of the task, ROWS a head at most; those of other segments are hidden. The heads' rows lie side by
+  // side, and all heads read a tile of keys before any goes on: so memory is asked in its own order, by the products
+  // and by what they fetch ahead.
   void attend_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys,
                   const Scratch& scratch) const {
-    const auto for_tiles = [&](const auto& body) {
-      for (int64_t k = 0; k < keys; k += KEYS_OF_TILE) {
-        for (int64_t h = 0; h < task.heads; h++) body(k, min(KEYS_OF_TILE, keys - k), h);
-      }
-    };
-    // What head h fetches while it multiplies: its share of the tile that is read next.
-    const auto next = [&](const Scalar* rows, int64_t row, int64_t first, int64_t h) {
-      const char* const from = reinterpret_cast<const char*>(rows + first * row + h * KEYS_OF_TILE * row / task.heads);
-      return Ahead{from, KEYS_OF_TILE * row * int64_t(sizeof(Scalar)) <= NEAR_BYTES};
-    };
-    const auto next_of_keys = [&](int64_t k, int64_t h) {
-      return k < keys ? next(segment.key, segment.key_row, key + k, h) : next(segment.value, segment.value_row, key, h);
-    };
-    const auto next_of_values = [&](int64_t k, int64_t h) {
-      return k < keys ? next(segment.value, segment.value_row, key + k, h)
-                      : next(segment.key, segment.key_row, key + keys, h);
-    };
-    const auto scores = [&](int64_t h, int64_t k) {
-      return scratch.score + (h * block_keys + k) * registers * QUADS;
-    };
-    for_tiles([&](int64_t k, int64_t count, int64_t h) {
-      const FewScores<Scalar> products = {few_queries(scratch, h),
-                                          rows_of(segment.key, segment.key_row, task.head + h, key + k, count),
-                                          scores(h, k), next_of_keys(k + KEYS_OF_TILE, h)};
-      run_products<0, ceil_div(ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
-    });
+    const Rows<Scalar> key_rows = rows_of(segment.key, segment.key_row, task.head, key, keys);
+    const Rows<Scalar> value_rows = rows_of(segment.value, segment.value_row, task.head, key, keys);
+    Rows<Scalar> next_key_rows = key_rows;
+    next_key_rows.from += keys * key_rows.row;
+    score_few(task, key_rows, value_rows, scratch);
     for (int64_t h = 0; h < task.heads; h++) {
-      hide_few(task, segment, key, keys, scores(h, 0));
-      few_softmax(scratch, h).raise_max(scores(h, 0), round_up(keys, KEYS_OF_TILE));
+      hide_few(task, segment, key, keys, few_scores(scratch, h, 0));
+      few_softmax(scratch, h).raise_max(few_scores(scratch, h, 0), round_up(keys, KEYS_OF_TILE));
     }
+    const int64_t first = segment.first - task.first;
     const int64_t rows = segment.last - segment.first;
-    __builtin_memset(scratch.added, 0, task.heads * rows * columns * sizeof(float));
-    for_tiles([&](int64_t k, int64_t count, int64_t h) {
-      few_softmax(scratch, h).soften(scores(h, k), KEYS_OF_TILE, scratch.weight);
-      const FewSums<Scalar> products = {scratch.weight,
-                                        registers,
-                                        segment.first - task.first,
-                                        rows_of(segment.value, segment.value_row, task.head + h, key + k, count),
-                                        scratch.added + h * rows * columns,
-                                        columns,
-                                        next_of_values(k + KEYS_OF_TILE, h)};
-      run_products<1, ROWS>(rows, products);
-    });
+    sum_few(task, first, rows, value_rows, next_key_rows, scratch);
     for (int64_t h = 0; h < task.heads; h++) {  // once a block: a long sum has a larger error
       for (int64_t r = 0; r < rows; r++) {
-        const int64_t x = segment.first - task.first + r;
-        float* const sum = scratch.sum + (h * max_rows + x) * columns;
+        float* const sum = scratch.sum + (h * max_rows + first + r) * columns;
         const float* const added = scratch.added + (h * rows + r) * columns;
-        const f32x rescale = broadcast(few_softmax(scratch, h).rescale[x * QUAD]);
+        const f32x rescale = broadcast(few_softmax(scratch, h).rescale[(first + r) * QUAD]);
         for (int64_t d = 0; d < columns; d += LANES) store(sum + d, fma(load(sum + d), rescale, load(added + d)));
       }
     }
+  }
+
+  // The block's scores, by tiles; fetches its values after its keys.
+  void score_few(const Task& task, const Rows<Scalar>& keys, const Rows<Scalar>& values, const Scratch& scratch) const {
+    for (int64_t k = 0; k < keys.rows; k += KEYS_OF_TILE) {
+      for (int64_t h = 0; h < task.heads; h++) {
+        const FewScores<Scalar> products = {few_queries(scratch, h), tile(keys, k, h), few_scores(scratch, h, k),
+                                            ahead(task, keys, values, k + KEYS_OF_TILE, h)};
+        run_products<0, ceil_div(ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
+      }
+    }
+  }
+
+  // The block's weights and its share of the sums of some rows, by tiles; fetches the next block's keys at the end.
+  void sum_few(const Task& task, int64_t first, int64_t rows, const Rows<Scalar>& values, const Rows<Scalar>& next_keys,
+               const Scratch& scratch) const {
+    __builtin_memset(scratch.added, 0, task.heads * rows * columns * sizeof(float));
+    for (int64_t k = 0; k < values.rows; k += KEYS_OF_TILE) {
+      for (int64_t h = 0; h < task.heads; h++) {
+        few_softmax(scratch, h).soften(few_scores(scratch, h, k), KEYS_OF_TILE, scratch.weight);
+        const FewSums<Scalar> products = {scratch.weight,
+                                          registers,
+                                          first,
+                                          tile(values, k, h),
+                                          scratch.added + h * rows * columns,
+                                          columns,
+                                          ahead(task, values, next_keys, k + KEYS_OF_TILE, h)};
+        run_products<1, ROWS>(rows, products);
+      }
+    }
+  }
+
+  Rows<Scalar> tile(const Rows<Scalar>& rows, int64_t key, int64_t h) const {
+    return {rows.from + key * rows.row + h * a.D, rows.row, min(KEYS_OF_TILE, rows.rows - key), rows.words};
+  }
+
+  // What head h fetches while it multiplies: its share of the tile of all heads that is read next, from `key` on or, if
+  // there are no such rows, the first of the others.
+  Ahead ahead(const Task& task, const Rows<Scalar>& rows, const Rows<Scalar>& others, int64_t key, int64_t h) const {
+    const bool has = key < rows.rows;
+    const int64_t row = has ? rows.row : others.row;
+    const Scalar* const from = has ? rows.from + key * row : others.from;
+    return {reinterpret_cast<const char*>(from + h * KEYS_OF_TILE * row / task.heads),
+            KEYS_OF_TILE * row * int64_t(sizeof(Scalar)) <= NEAR_BYTES};
+  }
+
+  float* few_scores(const Scratch& scratch, int64_t h, int64_t key) const {
+    return scratch.score + (h * block_keys + key) * registers * QUADS;
   }
 
   float* few_queries(const Scratch& scratch, int64_t h) const {
@@ -344,7 +333,12 @@ class Attention {
 
   FewSoftmax<Scalar> few_softmax(const Scratch& scratch, int64_t h) const {
     const int64_t lane = h * registers * LANES;
-    return {registers, scale, scratch.max + lane, scratch.total + lane, scratch.rescale + lane};
+    return {registers,
+            scale,
+            scratch.max + lane,
+            scratch.total + lane,
+            scratch.added_total + lane,
+            scratch.rescale + lane};
   }
 
   void finish_few(const Task& task, const Scratch& scratch) const {

@@ -4,8 +4,6 @@
 #include "attention_tile.h"
 #include "fetch.h"
 
-#define MEMKERNEL_INLINE inline __attribute__((always_inline))
-
 namespace memkernel {
 namespace MEMKERNEL_ISA {
 
@@ -17,13 +15,15 @@ constexpr int QUADS = LANES / QUAD;
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
+constexpr int64_t LATER = 16 << 10;  // bytes from what goes into the first cache level to what goes into the second
+
 // What the products fetch meanwhile.
 struct Ahead {
   const char* next;
-  bool near;
+  bool near;  // it fits into the first level beside what is in use
 
   MEMKERNEL_INLINE void fetch(int64_t offset, int64_t bytes) const {
-    MEMKERNEL_ISA::fetch(next + offset, bytes, near, 16 << 10);
+    near ? fetch_near(next + offset, bytes, LATER) : fetch_far(next + offset, bytes);
   }
 };
 
@@ -88,7 +88,7 @@ struct FewScores {
     constexpr int V = N ? N : 1;
     constexpr int STEP = N ? QUAD : LANES;                 // words
     constexpr int KEYS = V > LANES / 8 ? QUAD : 2 * QUAD;  // at a time: the more, the less do products wait
-    const auto [query, keys, score, ahead] = *this;        // so that nobody stores to them
+    const auto [query, keys, score, ahead] = *this;        // copies: a store would make it load them again
     for (int64_t i = 0; i < keys.rows; i += KEYS) {
       const Scalar* key[KEYS];
       for (int k = 0; k < KEYS; k++) key[k] = keys.from + min(i + k, keys.rows - 1) * keys.row;
@@ -124,13 +124,15 @@ struct FewSoftmax {
   int64_t V;
   float scale;     // of scores, to exponents in base 2
   float* max;      // [V][LANES], the largest score so far, in all of a quad
-  float* total;    // [V][LANES], of the weights so far relative to it, in parts
+  float* total;    // [V][LANES], of the weights of earlier blocks relative to it, in parts
+  float* added;    // [V][LANES], of the weights of this block, apart: a long sum has a larger error
   float* rescale;  // [V][LANES], the factor that brings earlier sums to the last maximum
 
   void start() const {
     for (int64_t v = 0; v < V; v++) {
       store(max + v * LANES, broadcast(NEVER));
       store(total + v * LANES, f32x{});
+      store(added + v * LANES, f32x{});
     }
   }
 
@@ -139,14 +141,15 @@ struct FewSoftmax {
     for (int64_t v = 0; v < V; v++) {
       const f32x before = load(max + v * LANES);
       f32x largest = before;
-      for (int64_t k = 0; k < keys / QUAD; k++) {
+      for (int64_t k = 0; k < keys / QUAD; k++) {  // NaN, if it comes first, is not the larger
         largest = MEMKERNEL_ISA::max(load(score + (k * V + v) * LANES), largest);
       }
       largest = max_of_quads(largest, Lanes());
       const f32x factor = exp2((before - largest) * scale);
       store(max + v * LANES, largest);
       store(rescale + v * LANES, factor);
-      store(total + v * LANES, load(total + v * LANES) * factor);
+      store(total + v * LANES, (load(total + v * LANES) + load(added + v * LANES)) * factor);
+      store(added + v * LANES, f32x{});
     }
   }
 
@@ -155,7 +158,7 @@ struct FewSoftmax {
     constexpr int P = PER_WORD<Scalar>;
     for (int64_t v = 0; v < V; v++) {
       const f32x largest = load(max + v * LANES);
-      f32x sum = load(total + v * LANES);
+      f32x sum = load(added + v * LANES);
       for (int64_t k = 0; k < keys / QUAD; k += P) {
         f32x x[P];
         for (int p = 0; p < P; p++) x[p] = exp2((load(score + ((k + p) * V + v) * LANES) - largest) * scale);
@@ -163,13 +166,14 @@ struct FewSoftmax {
         store(weight + (k / P * V + v) * LANES, words);
         sum = multiply_add<Scalar>(words, one_words<Scalar>(), sum);
       }
-      store(total + v * LANES, sum);
+      store(added + v * LANES, sum);
     }
   }
 
   Softmax of_row(int64_t x) const {
-    const float* const part = total + x * QUAD;
-    return {max[x * QUAD], (part[0] + part[1]) + (part[2] + part[3])};
+    float sum = 0;
+    for (int64_t i = x * QUAD; i < (x + 1) * QUAD; i++) sum += total[i] + added[i];
+    return {max[x * QUAD], sum};
   }
 };
 
@@ -203,7 +207,7 @@ struct FewSums {
   template <int R>
   void run() const {
     constexpr int P = PER_WORD<Scalar>;
-    const auto [weight, V, first, values, sum, sum_row, ahead] = *this;
+    const auto [weight, V, first, values, sum, sum_row, ahead] = *this;  // as in FewScores
     int64_t fetched = 0;
     for (int64_t column = 0; column < values.words * P; column += PANEL) {
       const float* word = weight + first * QUAD;

@@ -160,7 +160,7 @@ struct Prefetch {
     if (lines <= 0) return;
     lines -= count;
     for (int i = 0; i < count; i++) {
-      __builtin_prefetch(row + line * LINE, 0, 2);
+      fetch_far(row + line * LINE, LINE);
       line++;
       row += line == row_lines ? row_bytes : 0;
       line = line == row_lines ? 0 : line;

@@ -10,9 +10,9 @@ static constexpr int ROWS = 4;     // x rows at a time: as many share a load of 
 static constexpr int COLUMNS = 4;  // and as many weight rows a load of x
 static constexpr int BLOCK = 64;   // weight rows that a thread takes at a time
 // Of one or two x rows, for which one weight row after the other is read:
-static constexpr int SUMS = 4;          // that do not wait for each other
+static constexpr int SUMS = 4;         // that do not wait for each other
 static constexpr int AHEAD = 2 << 10;  // bytes of W that are fetched ahead into the first cache level,
-static constexpr int LATER = 6 << 10;  // and as many more into the second
+static constexpr int LATER = 6 << 10;  // and what lies so much further on into the second
 
 static thread_local Buffer packed_x;
 
@@ -93,7 +93,7 @@ struct LinearProduct {
     const int64_t fetched = O * (index + 1) / tiles - O * index / tiles;
     const int64_t whole = a.in - a.in % D::SIZE;
     for (int64_t i = 0; i < whole; i += D::SIZE) {
-      for (int64_t k = 0; k < fetched; ++k) __builtin_prefetch(next + k * a.weight_out + i, 0, 2);
+      for (int64_t k = 0; k < fetched; ++k) fetch_far(reinterpret_cast<const char*>(next + k * a.weight_out + i), LINE);
       step(i, [](const Scalar* p) { return D::load_weights(p); });
     }
     if (whole < a.in) step(whole, [&](const Scalar* p) { return D::load_weights(p, a.in - whole); });
@@ -113,12 +113,10 @@ struct LinearProduct {
         for (int j = 0; j < N; ++j) sum[j] = D::add(sum[j], weights, D::load_packed(x + i * N + j * D::SIZE));
       };
       int64_t i = 0;
-      for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE)
-        for (int s = 0; s < SUMS; ++s) {
-          const Scalar* from = w + i + s * D::SIZE;
-          fetch(reinterpret_cast<const char*>(from) + AHEAD, LINE, true, LATER);
-          add(i + s * D::SIZE, D::load_weights(from), sums[s]);
-        }
+      for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE) {
+        fetch_near(reinterpret_cast<const char*>(w + i) + AHEAD, SUMS * D::SIZE * sizeof(Scalar), LATER);
+        for (int s = 0; s < SUMS; ++s) add(i + s * D::SIZE, D::load_weights(w + i + s * D::SIZE), sums[s]);
+      }
       for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);
       if (i < a.in) add(i, D::load_weights(w + i, a.in - i), sums[0]);
       for (int j = 0; j < N; ++j) {
