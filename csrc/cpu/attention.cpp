@@ -14,13 +14,13 @@ namespace memkernel {
 namespace MEMKERNEL_ISA {
 namespace {
 
-constexpr int64_t TASK_ROWS = 256;    // about as many query rows, over all heads of a task
-constexpr int64_t SOME_ROWS = 48;     // up to here memory is read more evenly in smaller blocks
+constexpr int64_t TASK_ROWS = 256;        // about as many query rows, over all heads of a task
+constexpr int64_t SOME_ROWS = 48;         // up to here memory is read more evenly in smaller blocks
 constexpr int64_t KEYS_OF_SOME = 128;
 constexpr int64_t KEYS_OF_MANY = 256;
-constexpr int64_t KEYS_OF_TILE = 16;  // of a block, which all heads read before they go on, where none packs it
+constexpr int64_t KEYS_OF_TILE = 16;      // of a block, which all heads read before they go on, where none packs it
 constexpr int64_t NEAR_BYTES = 16 << 10;  // of a tile, to fit into the first cache level beside the one in use
-constexpr int64_t SUM_STEPS = 32;     // of a score's sum, for a smaller rounding error than that of one long sum
+constexpr int64_t SUM_STEPS = 32;         // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
 static_assert(KEYS_OF_TILE % (2 * QUAD) == 0 && KEYS_OF_SOME % KEYS_OF_TILE == 0);
 static_assert(KEYS_OF_SOME % PANEL == 0 && KEYS_OF_MANY % PANEL == 0);
@@ -164,10 +164,8 @@ class Attention {
         {&scratch.value, packs ? columns * weight_words : 0},
         {&scratch.score, packs ? ROWS * block_keys : lanes * block_keys / QUAD},
         {&scratch.weight, packs ? ROWS * weight_words : registers * KEYS_OF_TILE * QUADS},
-        {&scratch.rescale, packs ? round_up(ROWS, LANES) : lanes},
-        {&scratch.max, lanes},
-        {&scratch.total, lanes},
-        {&scratch.added_total, lanes},
+        {&scratch.rescale, packs ? round_up(ROWS, LANES) : 0},
+        {&scratch.few_softmax, FewSoftmax<Scalar>::PARTS * lanes},
         {&scratch.added, packs ? 0 : rows * columns},
         {&scratch.result, splits > 1 ? 0 : partial_size()},
     };
@@ -198,10 +196,7 @@ class Attention {
           } else if (max_rows == 1) {
             store(few_queries(scratch, h) + word, numbers);
           } else {
-            for (int c = 0; c < QUADS; c++) {
-              float* const to = few_queries(scratch, h) + (word / QUAD + c) * registers * LANES + x * QUAD;
-              __builtin_memcpy(to, reinterpret_cast<const float*>(&numbers) + c * QUAD, QUAD * sizeof(float));
-            }
+            store_quads(few_queries(scratch, h) + word * registers * QUADS + x * QUAD, registers * LANES, numbers);
           }
         }
         if (packs) scratch.softmax[row] = {NEVER, 0};
@@ -322,23 +317,15 @@ class Attention {
 
   // Scores with keys that a row does not see, or that there are not, and those of rows of other segments: -infinity.
   void hide_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys, float* score) const {
-    for (int64_t x = task.first; x < task.first + task.rows; x++) {
-      const bool reads = segment.first <= x && x < segment.last;
-      const int64_t seen = reads ? max(0, min(keys, segment.seen(x) - key)) : 0;
-      for (int64_t k = seen; k < round_up(keys, KEYS_OF_TILE); k++) {
-        score[k / QUAD * registers * LANES + (x - task.first) * QUAD + k % QUAD] = -__builtin_inff();
+    for (int64_t x = 0; x < task.rows; x++) {
+      for (int64_t k = segment.seen(task.first + x, key, keys); k < round_up(keys, KEYS_OF_TILE); k++) {
+        score[k / QUAD * registers * LANES + x * QUAD + k % QUAD] = -__builtin_inff();
       }
     }
   }
 
   FewSoftmax<Scalar> few_softmax(const Scratch& scratch, int64_t h) const {
-    const int64_t lane = h * registers * LANES;
-    return {registers,
-            scale,
-            scratch.max + lane,
-            scratch.total + lane,
-            scratch.added_total + lane,
-            scratch.rescale + lane};
+    return {registers, scale, scratch.few_softmax + h * FewSoftmax<Scalar>::PARTS * registers * LANES};
   }
 
   void finish_few(const Task& task, const Scratch& scratch) const {
@@ -399,8 +386,7 @@ class Attention {
     const int64_t padded_keys = round_up(keys, PANEL);
     for (int64_t r = 0; r < rows; r++) {
       float* const score = scratch.score + r * block_keys;
-      const int64_t seen = max(0, min(keys, segment.seen(x + r) - key));
-      for (int64_t k = seen; k < padded_keys; k++) score[k] = -__builtin_inff();
+      for (int64_t k = segment.seen(x + r, key, keys); k < padded_keys; k++) score[k] = -__builtin_inff();
       scratch.rescale[r] =
           soften<Scalar>(score, padded_keys, scale, scratch.softmax[row + r], scratch.weight + r * weight_words);
     }

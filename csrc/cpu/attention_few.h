@@ -34,6 +34,13 @@ MEMKERNEL_INLINE f32x load_quads(const Scalar* from) {
   return load_four(reinterpret_cast<const float*>(from));
 }
 
+// The quads of LANES words, `stride` numbers apart.
+MEMKERNEL_INLINE void store_quads(float* to, int64_t stride, f32x words) {
+  float number[LANES];
+  store(number, words);
+  for (int64_t i = 0; i < QUADS; i++) __builtin_memcpy(to + i * stride, number + i * QUAD, QUAD * sizeof(float));
+}
+
 // Within each quad: the sums of places 0 and 2 and of 1 and 3 of a, then of b.
 template <int... I>
 MEMKERNEL_INLINE f32x add_pairs(f32x a, f32x b, std::integer_sequence<int, I...>) {
@@ -121,12 +128,22 @@ struct FewScores {
 // The running softmax of a few rows, a quad each in V registers.
 template <class Scalar>
 struct FewSoftmax {
+  static constexpr int64_t PARTS = 4;  // of V * LANES numbers
+
   int64_t V;
   float scale;     // of scores, to exponents in base 2
   float* max;      // [V][LANES], the largest score so far, in all of a quad
   float* total;    // [V][LANES], of the weights of earlier blocks relative to it, in parts
   float* added;    // [V][LANES], of the weights of this block, apart: a long sum has a larger error
   float* rescale;  // [V][LANES], the factor that brings earlier sums to the last maximum
+
+  FewSoftmax(int64_t V, float scale, float* parts)
+      : V(V),
+        scale(scale),
+        max(parts),
+        total(parts + V * LANES),
+        added(parts + 2 * V * LANES),
+        rescale(parts + 3 * V * LANES) {}
 
   void start() const {
     for (int64_t v = 0; v < V; v++) {
