@@ -317,11 +317,15 @@ def agreement(rows: list[dict]) -> str:
 
 
 def write_readme(rows: list[dict], readme: Path) -> None:
-    """Replace the README's numbers block."""
+    """Replace the README's numbers block: for each kind of device, where its newest measured code was measured."""
     text = readme.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{readme}: expected one block between {BEGIN!r} and {END!r}")
-    block = [line for run in newest_runs(rows) for line in readme_block(run)]
+    runs = newest_runs(rows)
+    newest = {
+        run[0]["device"]: run[0]["commit"] for run in sorted(runs, key=lambda run: max(row["run"] for row in run))
+    }
+    block = [line for run in runs if run[0]["commit"] == newest[run[0]["device"]] for line in readme_block(run)]
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     readme.write_text("\n".join([before + BEGIN, *block, "", END + after]))
 

@@ -271,6 +271,22 @@ def test_two_runs_are_compared_by_the_ratios_of_their_rivals():
     assert report.agreement(rows + [row | {"shape": "8b"} for row in others]) == "0 of 0 ratios within 10%"
 
 
+def test_the_readme_shows_the_newest_code_on_each_kind_of_device(tmp_path):
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    timed = {"workload": "decode", "B": 1, "contender": "memkernel", "shape": "1b", "dtype": "bfloat16", "dirty": False}
+    timed |= {"versions": {}, "ceilings": {}, "median_s": 1.0, "share": 0.5, "bound_by": "memory", "rounds": 3}
+    where = [
+        ("old", "cpu", "2", "aaa"),
+        ("new", "cpu", "3", "bbb"),
+        ("gpu", "cuda", "1", "aaa"),
+        ("too", "cpu", "1", "bbb"),
+    ]
+    rows = [timed | dict(zip(("machine", "device", "run", "commit"), one, strict=True)) for one in where]
+    report.write_readme(rows, tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text()
+    assert re.findall(r"^(\w+); shape", text, re.M) == ["new", "gpu", "too"]
+
+
 def test_the_readme_block_is_replaced_and_nothing_else(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
