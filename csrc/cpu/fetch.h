@@ -1,9 +1,7 @@
 // Memory that is read soon, fetched by the line.
 #pragma once
 
-#include <cstdint>
-
-#define MEMKERNEL_INLINE inline __attribute__((always_inline))  // so that loops over constants unroll
+#include "simd.h"
 
 namespace memkernel {
 namespace MEMKERNEL_ISA {

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#define MEMKERNEL_INLINE inline __attribute__((always_inline))  // so that loops over constants unroll
+
 namespace memkernel {
 namespace MEMKERNEL_ISA {
 
@@ -169,6 +171,34 @@ inline float max_lane(f32x x) {
 
 inline float sum_lanes(f32x x) {
   return reduce<LANES / 2>(x, [](f32x a, f32x b) { return a + b; }, Lanes());
+}
+
+// Lane i: the sum of the lanes of x[i], in the same order.
+template <int HALF, int N, int... I>
+MEMKERNEL_INLINE f32x sum_each(f32x (&x)[N], std::integer_sequence<int, I...> lanes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N && i < HALF; i++) {
+    const f32x a = x[i];
+    if (i + HALF < N) {
+      const f32x b = x[i + HALF];
+      x[i] = shuffle<(I & HALF ? LANES + I : I)...>(a, b) + shuffle<(I & HALF ? LANES + I - HALF : I + HALF)...>(a, b);
+    } else {
+      x[i] = a + shuffle<(I ^ HALF)...>(a, a);
+    }
+  }
+  if constexpr (HALF > 1) return sum_each<HALF / 2>(x, lanes);
+  return x[0];
+}
+
+// The sums of N registers, as numbers; writes up to the next multiple of LANES.
+template <int N, class Scalar>
+MEMKERNEL_INLINE void store_sums(Scalar* to, const f32x* x) {
+  constexpr int COUNT = N < LANES ? N : LANES;
+  f32x part[COUNT];
+#pragma GCC unroll 16
+  for (int i = 0; i < COUNT; i++) part[i] = x[i];
+  store(to, sum_each<LANES / 2>(part, Lanes()));
+  if constexpr (N > LANES) store_sums<N - LANES>(to + LANES, x + LANES);
 }
 
 // row[i][j] <-> row[j][i]: first within the 4 x 4 blocks, then blocks of 4, 8, ... change places with their mirrors.
