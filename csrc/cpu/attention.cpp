@@ -42,7 +42,7 @@ class Attention {
     row_blocks = ceil_div(X, max_rows);
     max_heads = ceil_div(a.G, ceil_div(a.G, max(1, TASK_ROWS / X)));
     head_blocks = ceil_div(a.G, max_heads);
-    packs = max_rows > ROWS || a.D % PANEL != 0;
+    packs = max_rows > FEW_ROWS || a.D % PANEL != 0;
     registers = packs ? 0 : ceil_div(max_rows, QUADS);
     block_keys = max_rows > SOME_ROWS ? KEYS_OF_MANY : KEYS_OF_SOME;
     weight_words = block_keys / PER_WORD<Scalar>;
@@ -236,8 +236,8 @@ class Attention {
     return {from + key * row + head * a.D, row, keys, words};
   }
 
-  // All query rows of the task, ROWS a head at most; those of other segments are hidden. The heads' rows lie side by
-  // side, and all heads read a tile of keys before any goes on: so memory is asked in its own order, by the products
+  // All query rows of the task, FEW_ROWS a head at most; those of other segments are hidden. The heads' rows lie side
+  // by side, and all heads read a tile of keys before any goes on: so memory is asked in its own order, by the products
   // and by what they fetch ahead.
   void attend_few(const Task& task, const Segment<Scalar>& segment, int64_t key, int64_t keys,
                   const Scratch& scratch) const {
@@ -269,7 +269,7 @@ class Attention {
       for (int64_t h = 0; h < task.heads; h++) {
         const FewScores<Scalar> products = {few_queries(scratch, h), tile(keys, k, h), few_scores(scratch, h, k),
                                             ahead(task, keys, values, k + KEYS_OF_TILE, h)};
-        run_products<0, ceil_div(ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
+        run_products<0, ceil_div(FEW_ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
       }
     }
   }
@@ -277,18 +277,22 @@ class Attention {
   // The block's weights and its share of the sums of some rows, by tiles; fetches the next block's keys at the end.
   void sum_few(const Task& task, int64_t first, int64_t rows, const Rows<Scalar>& values, const Rows<Scalar>& next_keys,
                const Scratch& scratch) const {
+    const int64_t parts = ceil_div(rows, ROWS);
     __builtin_memset(scratch.added, 0, task.heads * rows * columns * sizeof(float));
     for (int64_t k = 0; k < values.rows; k += KEYS_OF_TILE) {
       for (int64_t h = 0; h < task.heads; h++) {
         few_softmax(scratch, h).soften(few_scores(scratch, h, k), KEYS_OF_TILE, scratch.weight);
-        const FewSums<Scalar> products = {scratch.weight,
-                                          registers,
-                                          first,
-                                          tile(values, k, h),
-                                          scratch.added + h * rows * columns,
-                                          columns,
-                                          ahead(task, values, next_keys, k + KEYS_OF_TILE, h)};
-        run_products<1, ROWS>(rows, products);
+        for (int64_t part = 0; part < parts; part++) {
+          const int64_t r = rows * part / parts;
+          const FewSums<Scalar> products = {scratch.weight,
+                                            registers,
+                                            first + r,
+                                            tile(values, k, h),
+                                            scratch.added + (h * rows + r) * columns,
+                                            columns,
+                                            ahead(task, values, next_keys, k + KEYS_OF_TILE, h)};
+          run_products<1, ROWS>(rows * (part + 1) / parts - r, products);
+        }
       }
     }
   }

@@ -12,6 +12,8 @@ namespace MEMKERNEL_ISA {
 constexpr int QUAD = 4;
 constexpr int QUADS = LANES / QUAD;
 
+constexpr int FEW_ROWS = LANES == 16 ? 12 : ROWS;  // of more, packing pays, or the sums do not fit into the registers
+
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
@@ -178,7 +180,9 @@ struct FewSoftmax {
       f32x sum = load(added + v * LANES);
       for (int64_t k = 0; k < keys / QUAD; k += P) {
         f32x x[P];
-        for (int p = 0; p < P; p++) x[p] = exp2((load(score + ((k + p) * V + v) * LANES) - largest) * scale);
+        for (int p = 0; p < P; p++) {
+          x[p] = exp2<DEGREE<Scalar>>((load(score + ((k + p) * V + v) * LANES) - largest) * scale);
+        }
         const f32x words = pack_quads<Scalar>(x);
         store(weight + (k / P * V + v) * LANES, words);
         sum = multiply_add<Scalar>(words, one_words<Scalar>(), sum);

@@ -33,6 +33,10 @@ inline f32x pack_words(const f32x (&numbers)[PER_WORD<Scalar>]) {
   return numbers[0];
 }
 
+// Of the polynomial for a weight's exponential: enough for what a word holds.
+template <class Scalar>
+constexpr int DEGREE = 6;
+
 template <class Scalar>
 inline f32x one_words() {
   return broadcast(1);
@@ -41,6 +45,9 @@ inline f32x one_words() {
 #if defined(__AVX512BF16__)
 template <>
 constexpr int PER_WORD<bf16> = 2;
+
+template <>
+constexpr int DEGREE<bf16> = 3;
 
 template <>
 inline f32x pack_words<bf16>(const f32x (&numbers)[2]) {
@@ -242,7 +249,7 @@ float soften(const float* score, int64_t keys, float scale, Softmax& row, float*
   for (int64_t i = 0; i < keys; i += P * LANES) {
     f32x x[P];
     for (int k = 0; k < P; k++) {
-      x[k] = exp2((load(score + i + k * LANES) - row.max) * scale);
+      x[k] = exp2<DEGREE<Scalar>>((load(score + i + k * LANES) - row.max) * scale);
     }
     const f32x words = pack_words<Scalar>(x);
     store(weight + i / P, words);

@@ -57,8 +57,8 @@ struct Dot<bf16> {
 };
 #endif
 
-// One product in flight. Packed x is [group, in / SIZE, rows of the group, SIZE], `in` padded with zeros: where rows lie a
-// power of two apart, as those of W do, they would fight for the same few cache lines.
+// One product in flight. Packed x is [group, in / SIZE, rows of the group, SIZE], `in` padded with zeros: where rows lie
+// a power of two apart, as those of W do, they would fight for the same few cache lines.
 template <class Scalar>
 struct LinearProduct {
   using D = Dot<Scalar>;
@@ -84,9 +84,9 @@ struct LinearProduct {
 
   const Scalar* weight(int64_t o) const { return static_cast<const Scalar*>(a.weight) + o * a.weight_out; }
 
-  // Columns [begin, end) of W and x for N rows of x from n and O weight rows from o: adds to the sums of earlier columns,
-  // and writes y after the last ones. Fetches the same columns of the weight rows from `next` on: the processor's own
-  // prefetcher stops at the end of each page.
+  // Columns [begin, end) of W and x for N rows of x from n and O weight rows from o: adds to the sums of earlier
+  // columns, and writes y after the last ones. Fetches the same columns of the weight rows from `next` on: the
+  // processor's own prefetcher stops at the end of each page.
   template <int N, int O>
   void tile(int64_t n, int64_t o, int64_t begin, int64_t end, float* sums_so_far, const Scalar* next) const {
     const Packed* from = x + n * padded;
@@ -153,7 +153,8 @@ struct LinearProduct {
   void tiles(int64_t o, int64_t begin, int64_t end, float* sums, const Scalar* next) const {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t n = first_row(group);
-      tile_of<O == COLUMNS_OF_FEW ? FEW_ROWS : ROWS, O>(first_row(group + 1) - n, n, o, begin, end, sums + n * O * LANES, next);
+      tile_of<O == COLUMNS_OF_FEW ? FEW_ROWS : ROWS, O>(first_row(group + 1) - n, n, o, begin, end,
+                                                        sums + n * O * LANES, next);
     }
   }
 
@@ -164,8 +165,8 @@ struct LinearProduct {
     tile<N, O>(arguments...);
   }
 
-  // Weight rows [o, end), before those from `following` on, O at a time: by chunks of columns, so that a chunk of x stays
-  // in the first cache level.
+  // Weight rows [o, end), before those from `following` on, O at a time: by chunks of columns, so that a chunk of x
+  // stays in the first cache level.
   template <int O>
   void block(int64_t o, int64_t end, int64_t following) const {
     float* const sums = sums_of_block.reserve<float>(BLOCK * a.N * LANES);
