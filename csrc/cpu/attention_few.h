@@ -181,7 +181,7 @@ struct FewSoftmax {
       for (int64_t k = 0; k < keys / QUAD; k += P) {
         f32x x[P];
         for (int p = 0; p < P; p++) {
-          x[p] = exp2<DEGREE<Scalar>>((load(score + ((k + p) * V + v) * LANES) - largest) * scale);
+          x[p] = exp2_for_words<Scalar>((load(score + ((k + p) * V + v) * LANES) - largest) * scale);
         }
         const f32x words = pack_quads<Scalar>(x);
         store(weight + (k / P * V + v) * LANES, words);

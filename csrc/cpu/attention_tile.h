@@ -33,9 +33,11 @@ inline f32x pack_words(const f32x (&numbers)[PER_WORD<Scalar>]) {
   return numbers[0];
 }
 
-// Of the polynomial for a weight's exponential: enough for what a word holds.
+// 2^x as exactly as a word holds it.
 template <class Scalar>
-constexpr int DEGREE = 6;
+inline f32x exp2_for_words(f32x x) {
+  return exp2(x);
+}
 
 template <class Scalar>
 inline f32x one_words() {
@@ -46,8 +48,14 @@ inline f32x one_words() {
 template <>
 constexpr int PER_WORD<bf16> = 2;
 
+// To a relative 1e-4: minimax on [0, 1), with 1 as the first coefficient.
 template <>
-constexpr int DEGREE<bf16> = 3;
+inline f32x exp2_for_words<bf16>(f32x x) {
+  const f32x f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 for infinities
+  f32x y = fma(broadcast(0.0770670474f), f, broadcast(0.227644995f));
+  y = fma(y, f, broadcast(0.695116758f));
+  return _mm512_scalef_ps(fma(y, f, broadcast(1)), x);  // which rounds x down
+}
 
 template <>
 inline f32x pack_words<bf16>(const f32x (&numbers)[2]) {
@@ -249,7 +257,7 @@ float soften(const float* score, int64_t keys, float scale, Softmax& row, float*
   for (int64_t i = 0; i < keys; i += P * LANES) {
     f32x x[P];
     for (int k = 0; k < P; k++) {
-      x[k] = exp2<DEGREE<Scalar>>((load(score + i + k * LANES) - row.max) * scale);
+      x[k] = exp2_for_words<Scalar>((load(score + i + k * LANES) - row.max) * scale);
     }
     const f32x words = pack_words<Scalar>(x);
     store(weight + i / P, words);

@@ -234,20 +234,12 @@ inline void transpose(f32x (&row)[LANES]) {
 }
 
 // 2^f for |f| <= 1/2: minimax in relative error, with 1 as the first coefficient.
-template <int DEGREE>
 inline f32x exp2_of_fraction(f32x f) {
-  static_assert(DEGREE == 3 || DEGREE == 6);
-  f32x y;
-  if constexpr (DEGREE == 3) {
-    y = fma(broadcast(5.50090596e-2f), f, broadcast(2.42210969e-1f));
-    y = fma(y, f, broadcast(6.93282902e-1f));
-  } else {
-    y = fma(broadcast(1.5353362e-4f), f, broadcast(1.33988744e-3f));
-    y = fma(y, f, broadcast(9.61843736e-3f));
-    y = fma(y, f, broadcast(5.55033247e-2f));
-    y = fma(y, f, broadcast(2.40226479e-1f));
-    y = fma(y, f, broadcast(6.93147203e-1f));
-  }
+  f32x y = fma(broadcast(1.5353362e-4f), f, broadcast(1.33988744e-3f));
+  y = fma(y, f, broadcast(9.61843736e-3f));
+  y = fma(y, f, broadcast(5.55033247e-2f));
+  y = fma(y, f, broadcast(2.40226479e-1f));
+  y = fma(y, f, broadcast(6.93147203e-1f));
   return fma(y, f, broadcast(1));
 }
 
@@ -255,22 +247,19 @@ inline f32x exp2_of_fraction(f32x f) {
 constexpr float TO_EXPONENT = 12582912.f + 127.f;
 
 // 2^(f + n) for |f| <= 1/2 and integers n from -127 (gives 0) to 128 (infinity), given as n + TO_EXPONENT.
-template <int DEGREE = 6>
 inline f32x power_of_2(f32x f, f32x exponent) {
-  return exp2_of_fraction<DEGREE>(f) * (f32x)((u32x)exponent << 23);
+  return exp2_of_fraction(f) * (f32x)((u32x)exponent << 23);
 }
 
-// 2^x to 1.2 ulp, of DEGREE 3 to a relative 1.1e-4; NaN for NaN. Below 2^-126 it may be 0 already, above 2^127.5
-// infinity.
-template <int DEGREE = 6>
+// 2^x to 1.2 ulp; NaN for NaN. Below 2^-126 it may be 0 already, above 2^127.5 infinity.
 inline f32x exp2(f32x x) {
 #if defined(__AVX512DQ__)
   const f32x f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for infinities
-  return _mm512_scalef_ps(exp2_of_fraction<DEGREE>(f), x - f);
+  return _mm512_scalef_ps(exp2_of_fraction(f), x - f);
 #else
   x = min(broadcast(128), max(broadcast(-127), x));
   const f32x exponent = x + TO_EXPONENT;
-  return power_of_2<DEGREE>(x - (exponent - TO_EXPONENT), exponent);
+  return power_of_2(x - (exponent - TO_EXPONENT), exponent);
 #endif
 }
 
