@@ -181,7 +181,9 @@ def test_ranks_that_are_not_distinct_write_nothing_outside_of_the_pool(isa):
     assert (pool[:, [0, -1]] == SENTINEL).all() and ((pool[:, 1:-1] == 0) | (pool[:, 1:-1] == 1)).all()
 
 
-@pytest.mark.parametrize("name", ["attention-five-rows", "attention-prefill", "attention-12801"])
+@pytest.mark.parametrize(
+    "name", ["attention-five-rows", "attention-twelve-rows", "attention-prefill", "attention-12801"]
+)
 @pytest.mark.parametrize("size", [2.0**10, 2.0**20, 2.0**40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_huge_scores_choose_one_key(name, size, dtype, isa, threads):
@@ -193,19 +195,22 @@ def test_huge_scores_choose_one_key(name, size, dtype, isa, threads):
     assert_no_worse(name, out, exact, reference.memory_attention(*args))
 
 
-@pytest.mark.parametrize("name", ["attention-five-rows", "attention-prefill"])
+@pytest.mark.parametrize("name", ["attention-five-rows", "attention-twelve-rows", "attention-prefill"])
 @pytest.mark.parametrize("index", [1, 2], ids=["key", "value"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
-def test_a_broken_memory_row_is_not_hidden(name, index, number, isa):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_broken_memory_row_is_not_hidden(name, index, number, dtype, isa):
     op, args = CASES[name]()
+    args = cast(op, args, dtype)
     args[index][0, 3, 1, 5] = number
     out, want = ops.memory_attention(*args), reference.memory_attention(*args)
     assert not want.isfinite().all() and torch.equal(out.isnan(), want.isnan())
     assert torch.equal(out.isinf(), want.isinf())
 
 
-@pytest.mark.parametrize("T", [1, 9], ids=["few", "packed"])
-def test_many_equal_weights_sum_to_one(T, isa, threads):
+@pytest.mark.parametrize("T", [1, 3, 9], ids=["few", "twelve", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_many_equal_weights_sum_to_one(T, dtype, isa, threads):
     """Equal numbers are rounded the same way each time: in one long float32 sum the errors add up."""
     op, args = CASES["attention-12801"]()
     args[0], args[3], args[4] = (
@@ -216,10 +221,11 @@ def test_many_equal_weights_sum_to_one(T, isa, threads):
     args[1].zero_()
     args[2].fill_(1)
     args[1][0, 0, 0, :8], args[0][..., :8], args[5][0] = 2.302585, 1, 0  # the first weighs ten times as much
+    args = cast(op, args, dtype)
     torch.testing.assert_close(ops.memory_attention(*args), torch.ones_like(args[0]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["attention-two-rows", "attention-six-rows", "attention-8-on-one"])
+@pytest.mark.parametrize("name", ["attention-two-rows", "attention-eleven-rows", "attention-8-on-one"])
 @pytest.mark.parametrize("index", [3, 4], ids=["key", "value"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

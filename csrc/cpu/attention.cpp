@@ -269,7 +269,7 @@ class Attention {
       for (int64_t h = 0; h < task.heads; h++) {
         const FewScores<Scalar> products = {few_queries(scratch, h), tile(keys, k, h), few_scores(scratch, h, k),
                                             ahead(task, keys, values, k + KEYS_OF_TILE, h)};
-        run_products<0, ceil_div(FEW_ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
+        run_with<0, ceil_div(FEW_ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
       }
     }
   }
@@ -291,7 +291,7 @@ class Attention {
                                             scratch.added + (h * rows + r) * columns,
                                             columns,
                                             ahead(task, values, next_keys, k + KEYS_OF_TILE, h)};
-          run_products<1, ROWS>(rows * (part + 1) / parts - r, products);
+          run_with<1, ROWS>(rows * (part + 1) / parts - r, products);
         }
       }
     }
@@ -372,15 +372,28 @@ class Attention {
     const int64_t steps = padded_keys / PER_WORD<Scalar>;
     for (int64_t k = 0; k < padded_keys; k += PANEL) {
       for (int64_t word = 0; word < words; word += SUM_STEPS) {
-        multiply<Scalar>(rows, {scratch.query + row * query_words + word, query_words,
-                                scratch.key + k * words + word * PANEL, min(SUM_STEPS, words - word),
-                                scratch.score + k, block_keys, word ? ONES : nullptr, &next_keys});
+        const Product<Scalar> product = {scratch.query + row * query_words + word,
+                                         query_words,
+                                         scratch.key + k * words + word * PANEL,
+                                         min(SUM_STEPS, words - word),
+                                         scratch.score + k,
+                                         block_keys,
+                                         word ? ONES : nullptr,
+                                         &next_keys};
+        run_with<1, ROWS>(rows, product);
       }
     }
     soften_rows(segment, x, rows, key, keys, row, scratch);
     for (int64_t c = 0; c < columns; c += PANEL) {
-      multiply<Scalar>(rows, {scratch.weight, weight_words, scratch.value + c * steps, steps,
-                              scratch.sum + row * columns + c, columns, scratch.rescale, &next_values});
+      const Product<Scalar> product = {scratch.weight,
+                                       weight_words,
+                                       scratch.value + c * steps,
+                                       steps,
+                                       scratch.sum + row * columns + c,
+                                       columns,
+                                       scratch.rescale,
+                                       &next_values};
+      run_with<1, ROWS>(rows, product);
     }
   }
 

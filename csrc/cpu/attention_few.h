@@ -12,7 +12,7 @@ namespace MEMKERNEL_ISA {
 constexpr int QUAD = 4;
 constexpr int QUADS = LANES / QUAD;
 
-constexpr int FEW_ROWS = LANES == 16 ? 12 : ROWS;  // of more, packing pays, or the sums do not fit into the registers
+constexpr int FEW_ROWS = LANES == 16 ? 12 : ROWS;  // of more, packing pays, or sums would leave the registers
 
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
@@ -254,15 +254,6 @@ struct FewSums {
     }
   }
 };
-
-// products.run<n>(), LEAST <= n <= MOST.
-template <int LEAST, int MOST, class Products>
-void run_products(int64_t n, const Products& products) {
-  if constexpr (LEAST < MOST) {
-    if (n > LEAST) return run_products<LEAST + 1, MOST>(n, products);
-  }
-  products.template run<LEAST>();
-}
 
 }  // namespace MEMKERNEL_ISA
 }  // namespace memkernel

@@ -33,7 +33,7 @@ inline f32x pack_words(const f32x (&numbers)[PER_WORD<Scalar>]) {
   return numbers[0];
 }
 
-// 2^x as exactly as a word holds it.
+// 2^x, to an error well below the rounding of a word.
 template <class Scalar>
 inline f32x exp2_for_words(f32x x) {
   return exp2(x);
@@ -184,6 +184,7 @@ struct Prefetch {
 };
 
 // c = scale * c + a * b, or a * b without scale; a [rows, steps], b [steps, PANEL] in words, c [rows, PANEL].
+template <class Scalar>
 struct Product {
   const float* a;
   int64_t a_row;
@@ -193,49 +194,37 @@ struct Product {
   int64_t c_row;
   const float* scale;
   Prefetch* next;
-};
 
-// The product is summed apart from c: a long sum in blocks has a much smaller rounding error. steps > 0 keeps the sums
-// in registers.
-template <class Scalar, int rows>
-void multiply_tile(const Product& product) {
-  constexpr int lines_of_step = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
-  const auto [a, a_row, b, steps, c, c_row, scale, next] = product;
-  Prefetch prefetch = *next;
-  f32x sum[rows][VECTORS];
-  for (int r = 0; r < rows; r++) {
-    for (int v = 0; v < VECTORS; v++) sum[r][v] = f32x{};
-  }
-  int64_t step = 0;
-  do {
-    prefetch.fetch(lines_of_step);
-    f32x part[VECTORS];
-    for (int v = 0; v < VECTORS; v++) part[v] = load(b + step * PANEL + v * LANES);
+  // The product is summed apart from c: a long sum in blocks has a much smaller rounding error. steps > 0 keeps the sums
+  // in registers.
+  template <int rows>
+  void run() const {
+    constexpr int lines_of_step = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
+    const auto [a, a_row, b, steps, c, c_row, scale, next] = *this;  // copies: a store would make it load them again
+    Prefetch prefetch = *next;
+    f32x sum[rows][VECTORS];
     for (int r = 0; r < rows; r++) {
-      const f32x word = broadcast(a[r * a_row + step]);
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = multiply_add<Scalar>(word, part[v], sum[r][v]);
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = f32x{};
     }
-  } while (++step < steps);
-  for (int r = 0; r < rows; r++) {
-    for (int v = 0; v < VECTORS; v++) {
-      float* const to = c + r * c_row + v * LANES;
-      store(to, scale ? fma(load(to), broadcast(scale[r]), sum[r][v]) : sum[r][v]);
+    int64_t step = 0;
+    do {
+      prefetch.fetch(lines_of_step);
+      f32x part[VECTORS];
+      for (int v = 0; v < VECTORS; v++) part[v] = load(b + step * PANEL + v * LANES);
+      for (int r = 0; r < rows; r++) {
+        const f32x word = broadcast(a[r * a_row + step]);
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = multiply_add<Scalar>(word, part[v], sum[r][v]);
+      }
+    } while (++step < steps);
+    for (int r = 0; r < rows; r++) {
+      for (int v = 0; v < VECTORS; v++) {
+        float* const to = c + r * c_row + v * LANES;
+        store(to, scale ? fma(load(to), broadcast(scale[r]), sum[r][v]) : sum[r][v]);
+      }
     }
+    *next = prefetch;
   }
-  *next = prefetch;
-}
-
-template <class Scalar>
-void multiply(int64_t rows, const Product& product) {
-  switch (rows) {
-    case 1: return multiply_tile<Scalar, 1>(product);
-    case 2: return multiply_tile<Scalar, 2>(product);
-    case 3: return multiply_tile<Scalar, 3>(product);
-    case 4: return multiply_tile<Scalar, 4>(product);
-    case 5: return multiply_tile<Scalar, 5>(product);
-    default: return multiply_tile<Scalar, ROWS>(product);
-  }
-}
+};
 
 // The running softmax of a query row: the largest score so far, and the sum of weights relative to it.
 struct Softmax {

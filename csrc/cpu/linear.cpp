@@ -1,4 +1,4 @@
-// y = x W^T for a few rows of x: bound by reading W, so each weight is read from memory once, in its own order.
+// y = x W^T for a few rows of x: bound by reading W, so each weight is read from memory once.
 #include "buffer.h"
 #include "fetch.h"
 #include "parallel.h"
@@ -6,14 +6,15 @@
 
 namespace memkernel::MEMKERNEL_ISA {
 
-// Of more than two x rows, ROWS x COLUMNS sums nearly fill the vector registers:
-static constexpr int ROWS = LANES == 16 ? 8 : 4;  // x rows at a time: as many share a load of W,
-static constexpr int COLUMNS = 3;                 // and as many weight rows a load of x;
-static constexpr int FEW_ROWS = 4;                // up to here
+// A tile multiplies ROWS rows of x by COLUMNS rows of W, so that sums nearly fill the registers, or FEW_ROWS of x:
+static constexpr int ROWS = LANES == 16 ? 8 : 4;
+static constexpr int COLUMNS = 3;
+static constexpr int FEW_ROWS = 4;
 static constexpr int COLUMNS_OF_FEW = LANES == 16 ? 4 : 3;
-static constexpr int CHUNK_BYTES = 16 << 10;  // of ROWS x rows, which stay in the first cache level
-static constexpr int BLOCK = 48;              // weight rows that a thread takes at a time
-// Of one or two, for which one weight row after the other is read:
+static constexpr int CHUNK_BYTES = 16 << 10;  // of ROWS rows of x, which stay in the first cache level
+static constexpr int BLOCK = 48;              // rows of W that a thread takes at a time
+static_assert(FEW_ROWS <= ROWS && BLOCK % COLUMNS == 0 && BLOCK % COLUMNS_OF_FEW == 0);
+// Of one or two rows of x, for which one row of W after the other is read:
 static constexpr int SUMS = 4;         // that do not wait for each other
 static constexpr int AHEAD = 2 << 10;  // bytes of W that are fetched ahead into the first cache level,
 static constexpr int LATER = 6 << 10;  // and what lies so much further on into the second
@@ -57,58 +58,41 @@ struct Dot<bf16> {
 };
 #endif
 
-// One product in flight. Packed x is [group, in / SIZE, rows of the group, SIZE], `in` padded with zeros: where rows lie
-// a power of two apart, as those of W do, they would fight for the same few cache lines.
-template <class Scalar>
-struct LinearProduct {
+// Columns [begin, end) of W and x, for N rows of x and O rows of W: adds to the sums of earlier columns, and writes y
+// after the last ones. Fetches the same columns of the next rows of W: the processor's own prefetcher stops at the end
+// of each page.
+template <class Scalar, int O>
+struct LinearTile {
   using D = Dot<Scalar>;
-  using Packed = typename D::Packed;
-  static constexpr int64_t CHUNK = CHUNK_BYTES / ROWS / sizeof(Packed);
 
   const Linear& a;
-  int64_t padded = (a.in + D::SIZE - 1) / D::SIZE * D::SIZE;
-  int64_t groups = (a.N + ROWS - 1) / ROWS;
-  Packed* x = packed_x.reserve<Packed>(a.N * padded);
+  int64_t n, o;                 // first rows of x and W
+  const typename D::Packed* x;  // from row n on
+  int64_t begin, end;
+  const Scalar *weight, *next;  // rows
+  float* sums_so_far;           // [N][O][LANES]
 
-  explicit LinearProduct(const Linear& arguments) : a(arguments) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t n = first_row(group), N = first_row(group + 1) - n;
-      for (int64_t j = 0; j < N; ++j) {
-        const Scalar* from = static_cast<const Scalar*>(a.x) + (n + j) * a.x_N;
-        for (int64_t i = 0; i < a.in; i += D::SIZE) D::pack(x + n * padded + i * N + j * D::SIZE, from + i, a.in - i);
-      }
-    }
-  }
-
-  int64_t first_row(int64_t group) const { return a.N * group / groups; }
-
-  const Scalar* weight(int64_t o) const { return static_cast<const Scalar*>(a.weight) + o * a.weight_out; }
-
-  // Columns [begin, end) of W and x for N rows of x from n and O weight rows from o: adds to the sums of earlier
-  // columns, and writes y after the last ones. Fetches the same columns of the weight rows from `next` on: the
-  // processor's own prefetcher stops at the end of each page.
-  template <int N, int O>
-  void tile(int64_t n, int64_t o, int64_t begin, int64_t end, float* sums_so_far, const Scalar* next) const {
-    const Packed* from = x + n * padded;
-    const Scalar* w = weight(o);
-    const int64_t stride = a.weight_out;  // a copy: a store would make it load it again
+  template <int N>
+  void run() const {
+    // Copies: a store would make it load them again.
+    const auto [a, n, o, x, begin, end, weight, next, sums_so_far] = *this;
     f32x sums[N * O];
 #pragma GCC unroll 32  // or the sums are kept in memory
     for (int s = 0; s < N * O; ++s) sums[s] = begin ? load(sums_so_far + s * LANES) : f32x{};
     const auto step = [&](int64_t i, auto load_weights) {
       typename D::Numbers weights[O];
 #pragma GCC unroll 8
-      for (int k = 0; k < O; ++k) weights[k] = load_weights(w + k * stride + i);
+      for (int k = 0; k < O; ++k) weights[k] = load_weights(weight + k * a.weight_out + i);
 #pragma GCC unroll 8
       for (int j = 0; j < N; ++j) {
-        const auto numbers = D::load_packed(from + i * N + j * D::SIZE);
+        const auto numbers = D::load_packed(x + i * N + j * D::SIZE);
 #pragma GCC unroll 8
         for (int k = 0; k < O; ++k) sums[j * O + k] = D::add(sums[j * O + k], weights[k], numbers);
       }
     };
     const int64_t whole = end - end % D::SIZE;
     for (int64_t i = begin; i < whole; i += D::SIZE) {
-      for (int k = 0; k < O; ++k) fetch_far(reinterpret_cast<const char*>(next + k * stride + i), LINE);
+      for (int k = 0; k < O; ++k) fetch_far(reinterpret_cast<const char*>(next + k * a.weight_out + i), LINE);
       step(i, [](const Scalar* p) { return D::load_weights(p); });
     }
     if (whole < end) step(whole, [&](const Scalar* p) { return D::load_weights(p, end - whole); });
@@ -117,14 +101,43 @@ struct LinearProduct {
       for (int s = 0; s < N * O; ++s) store(sums_so_far + s * LANES, sums[s]);
       return;
     }
-    Scalar y[(N * O + LANES - 1) / LANES * LANES];
+    Scalar y[round_up(N * O, LANES)];
     store_sums<N * O>(y, sums);
     for (int j = 0; j < N; ++j)
       __builtin_memcpy(static_cast<Scalar*>(a.y) + (n + j) * a.out + o, y + j * O, O * sizeof(Scalar));
   }
+};
 
-  // All N rows of x against one weight row after the other: W is read as it lies, which gains more than loads of x that
-  // weight rows share.
+// One product in flight. Packed x is [group, in / SIZE, rows of the group, SIZE], `in` padded with zeros: where rows
+// lie a power of two apart, as those of W do, they would fight for the same few cache lines.
+template <class Scalar>
+struct LinearProduct {
+  using D = Dot<Scalar>;
+  using Packed = typename D::Packed;
+
+  const Linear& a;
+  int64_t padded = round_up(a.in, D::SIZE);
+  int64_t groups = ceil_div(a.N, ROWS);
+  int64_t chunk = round_up(ceil_div(a.in, ceil_div(a.in * ROWS * sizeof(Packed), CHUNK_BYTES)), D::SIZE);  // columns
+  Packed* x = packed_x.reserve<Packed>(a.N * padded);
+
+  explicit LinearProduct(const Linear& arguments) : a(arguments) {
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t n = first_row(group), width = first_row(group + 1) - n;
+      for (int64_t j = 0; j < width; ++j) {
+        const Scalar* from = static_cast<const Scalar*>(a.x) + (n + j) * a.x_N;
+        Packed* const to = x + n * padded + j * D::SIZE;
+        for (int64_t i = 0; i < a.in; i += D::SIZE) D::pack(to + i * width, from + i, a.in - i);
+      }
+    }
+  }
+
+  int64_t first_row(int64_t group) const { return a.N * group / groups; }
+
+  const Scalar* weight(int64_t o) const { return static_cast<const Scalar*>(a.weight) + o * a.weight_out; }
+
+  // All N rows of x against one row of W after the other: W is read as it lies, which gains more than loads of x that
+  // rows of W share.
   template <int N>
   void rows(int64_t o, int64_t end) const {
     for (; o < end; ++o) {
@@ -147,40 +160,40 @@ struct LinearProduct {
     }
   }
 
-  // All rows of x against O weight rows, which stay cached from the first group on. Each group fetches the next weight
-  // rows, though one would do: memory is then asked more evenly.
-  template <int O>
-  void tiles(int64_t o, int64_t begin, int64_t end, float* sums, const Scalar* next) const {
+  // All rows of x, LEAST to MOST in a group, against O rows of W, which stay cached from the first group on. Each group
+  // fetches the next rows of W, though one would do: memory is then asked more evenly.
+  template <int LEAST, int MOST, int O>
+  void tiles(int64_t o, int64_t begin, int64_t end, const Scalar* next, float* sums) const {
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t n = first_row(group);
-      tile_of<O == COLUMNS_OF_FEW ? FEW_ROWS : ROWS, O>(first_row(group + 1) - n, n, o, begin, end,
-                                                        sums + n * O * LANES, next);
+      const LinearTile<Scalar, O> tile = {a,         n,    o, x + n * padded, begin, end,
+                                          weight(o), next, sums + n * O * LANES};
+      run_with<LEAST, MOST>(first_row(group + 1) - n, tile);
     }
   }
 
-  template <int N, int O, class... Arguments>
-  void tile_of(int64_t rows, Arguments... arguments) const {
-    if constexpr (N > 1)
-      if (rows < N) return tile_of<N - 1, O>(rows, arguments...);
-    tile<N, O>(arguments...);
-  }
-
-  // Weight rows [o, end), before those from `following` on, O at a time: by chunks of columns, so that a chunk of x
-  // stays in the first cache level.
-  template <int O>
-  void block(int64_t o, int64_t end, int64_t following) const {
+  // Rows [o, end) of W, O at a time: by chunks of columns, so that a chunk of a group stays in the first cache level.
+  // The last chunk fetches the first columns of the rows that are taken next.
+  template <int LEAST, int MOST, int O>
+  void block(int64_t o, int64_t end, const int64_t& taken) const {
     float* const sums = sums_of_block.reserve<float>(BLOCK * a.N * LANES);
-    int64_t begin = 0, chunk_end;
-    do {
-      chunk_end = begin + CHUNK < a.in ? begin + CHUNK : a.in;
-      const Scalar* const next_chunk = chunk_end < a.in ? weight(o) + chunk_end - begin : weight(following) - begin;
+    for (int64_t begin = 0; begin < a.in; begin += chunk) {
+      const int64_t chunk_end = min(begin + chunk, a.in);
       int64_t row = o;
-      for (; row + O <= end; row += O)
-        tiles<O>(row, begin, chunk_end, sums + (row - o) * a.N * LANES, row + O < end ? weight(row + O) : next_chunk);
-      for (; row < end; ++row)
-        tiles<1>(row, begin, chunk_end, sums + (row - o) * a.N * LANES, row + 1 < end ? weight(row + 1) : next_chunk);
-      begin = chunk_end;
-    } while (begin < a.in);
+      while (row < end) {
+        const bool whole = row + O <= end;
+        const int64_t after = row + (whole ? O : 1);
+        const Scalar* const next = after < end        ? weight(after)
+                                   : chunk_end < a.in ? weight(o) + (chunk_end - begin)
+                                                      : weight(__atomic_load_n(&taken, __ATOMIC_RELAXED)) - begin;
+        float* const sums_of_row = sums + (row - o) * a.N * LANES;
+        if (whole)
+          tiles<LEAST, MOST, O>(row, begin, chunk_end, next, sums_of_row);
+        else
+          tiles<LEAST, MOST, 1>(row, begin, chunk_end, next, sums_of_row);
+        row = after;
+      }
+    }
   }
 };
 
@@ -189,18 +202,16 @@ static void multiply(const Linear& a, const Threads& threads) {
   const LinearProduct<Scalar> product(a);
   int64_t taken = 0;  // threads take blocks as they come: one may be slower than the others
   parallel(threads, threads.count, [&](int64_t) {
-    const auto take = [&] { return __atomic_fetch_add(&taken, BLOCK, __ATOMIC_RELAXED); };
-    for (int64_t o = take(), following; o < a.out; o = following) {
-      following = take();
-      const int64_t end = o + BLOCK < a.out ? o + BLOCK : a.out;
+    for (int64_t o; (o = __atomic_fetch_add(&taken, BLOCK, __ATOMIC_RELAXED)) < a.out;) {
+      const int64_t end = min(o + BLOCK, a.out);
       if (a.N == 1)
         product.template rows<1>(o, end);
       else if (a.N == 2)
         product.template rows<2>(o, end);
       else if (a.N <= FEW_ROWS)
-        product.template block<COLUMNS_OF_FEW>(o, end, following);
+        product.template block<3, FEW_ROWS, COLUMNS_OF_FEW>(o, end, taken);
       else
-        product.template block<COLUMNS>(o, end, following);
+        product.template block<ROWS / 2, ROWS, COLUMNS>(o, end, taken);
     }
   });
 }

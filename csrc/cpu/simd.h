@@ -35,6 +35,15 @@ struct bf16 {
 
 using Lanes = std::make_integer_sequence<int, LANES>;
 
+// work.run<n>(), LEAST <= n <= MOST.
+template <int LEAST, int MOST, class Work>
+void run_with(int64_t n, const Work& work) {
+  if constexpr (LEAST < MOST) {
+    if (n > LEAST) return run_with<LEAST + 1, MOST>(n, work);
+  }
+  work.template run<LEAST>();
+}
+
 template <int... I>
 inline f32x broadcast(float x, std::integer_sequence<int, I...>) {
   return f32x{(void(I), x)...};
@@ -173,7 +182,7 @@ inline float sum_lanes(f32x x) {
   return reduce<LANES / 2>(x, [](f32x a, f32x b) { return a + b; }, Lanes());
 }
 
-// Lane i: the sum of the lanes of x[i], in the same order.
+// Lane i: the sum of the lanes of x[i], in the order of sum_lanes.
 template <int HALF, int N, int... I>
 MEMKERNEL_INLINE f32x sum_each(f32x (&x)[N], std::integer_sequence<int, I...> lanes) {
 #pragma GCC unroll 16
