@@ -1,6 +1,7 @@
 """Reading a prompt (time to first token) and decoding on one memory."""
 
 import pytest
+import torch
 from torch import Tensor
 
 from benchmarks.lab import Case, Lab
@@ -81,8 +82,8 @@ def decode_case(lab: Lab, B: int) -> Case:
     """One step of B sequences on one memory, with one prompt and unequal tokens after it; every call is that step."""
     prompt, tokens = lab.ids(1, PROMPT_TOKENS), lab.ids(B, 1, seed=1)
 
-    def engine_contender(engine: Engine) -> Contender:
-        requests, _ = engine._requests([prompt[0]] * B, {"max_tokens": 2})
+    def engine_contender(engine: Engine, at_once: int = B) -> Contender:
+        requests, _ = engine._requests([prompt[0]] * at_once, {"max_tokens": 2})
         _, decoder = engine._decoders.take(requests, engine.memory)
         decoder.model = lab.engine.model  # the reference takes a minute to read so many prompts
         decoder.begin(requests, engine.memory)
@@ -90,15 +91,20 @@ def decode_case(lab: Lab, B: int) -> Case:
         decoder.collect()
         start, used = decoder.cache.start.clone(), decoder.cache.used
 
-        def rewind() -> None:
-            decoder.sampler.tokens[:B] = tokens[:, 0]
+        def rewind(first: int = 0) -> None:
+            decoder.sampler.tokens[:at_once] = tokens[first : first + at_once, 0]
             decoder.cache.start.copy_(start)
             decoder.cache.used = used
 
         def call() -> list[Tensor]:
-            decoder.step()
-            decoder.collect()
-            return [decoder.logits[:B]]
+            logits = []
+            for first in range(0, B, at_once):
+                if first:
+                    rewind(first)
+                decoder.step()
+                decoder.collect()
+                logits.append(decoder.logits[:at_once].clone() if at_once < B else decoder.logits[:B])
+            return [logits[0] if at_once == B else torch.cat(logits)]
 
         for _ in range(2):  # on a CUDA device the second captures the graph that is replayed from then on
             rewind()
@@ -115,16 +121,18 @@ def decode_case(lab: Lab, B: int) -> Case:
         builders={
             "published": published,
             "memkernel": lambda: engine_contender(lab.engine),
+            "one by one": lambda: engine_contender(lab.engine, at_once=1),
             "reference": lambda: engine_contender(lab.reference),
             "transformers": lambda: huggingface(lab, tokens, prompt),
         },
+        unavailable={"one by one": "it is one"} if B == 1 else {},
         truth=("published", "reference"),
         bound=lab.model_bound,
         work=lab.least.read(1, past=1 + PROMPT_TOKENS, sequences=B),
     )
 
 
-@pytest.mark.parametrize("contender", ["memkernel", "reference", "published", "transformers"])
+@pytest.mark.parametrize("contender", ["memkernel", "one by one", "reference", "published", "transformers"])
 @pytest.mark.parametrize("B", [1, 8, 32], ids="B{}".format)
 def bench_decode(race, contender, B):
     race("decode", {"B": B}, contender, lambda lab: decode_case(lab, B))
