@@ -211,8 +211,7 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   const int64_t in = last_size("x", x);
   expect("weight", weight, {-1, in}, x.scalar_type());
   const auto dtype = kernel_dtype(x);
-  // Rows up to which the kernel beats PyTorch's own product (benchmarks/bench_small_ops.py).
-  const int64_t few = x.scalar_type() == ScalarType::BFloat16 ? 32 : 64;
+  constexpr int64_t few = 32;  // rows up to which the kernel beats PyTorch's own product (benchmarks/bench_small_ops.py)
   if (!dtype || in == 0 || x.numel() > few * in || !is_packed(weight, 1))
     return call<Tensor>("aten::linear", x, weight, std::nullopt);
   const Rows rows = rows_of(x, 1);

@@ -225,7 +225,9 @@ def test_many_equal_weights_sum_to_one(T, dtype, isa, threads):
     torch.testing.assert_close(ops.memory_attention(*args), torch.ones_like(args[0]), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ["attention-two-rows", "attention-eleven-rows", "attention-8-on-one"])
+@pytest.mark.parametrize(
+    "name", [f"attention-{which}" for which in ("two-rows", "six-rows", "eleven-rows", "8-on-one")]
+)
 @pytest.mark.parametrize("index", [3, 4], ids=["key", "value"])
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -97,7 +97,7 @@ struct Linear {
   const void* x;       // [N, in]
   const void* weight;  // [out, in]
   void* y;             // [N, out], contiguous
-  int64_t N, in, out;
+  int64_t N, in, out;  // in > 0
   int64_t x_N, weight_out;
 };
 
