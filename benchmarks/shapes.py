@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import memkernel.ops
-from memkernel import tiny
+from memkernel import huge_pages, tiny
 from memkernel.config import ModelConfig
 from memkernel.memory import Delta, Memory
 from memkernel.model import Layer, Linear, Llama
@@ -63,7 +63,7 @@ def random_model(raw: dict, dtype: torch.dtype, device: torch.device) -> tuple[L
 
     def random(name: str, out: Tensor | None = None) -> Tensor:
         shape = shapes[name]
-        out = torch.empty(shape, dtype=dtype, device=device) if out is None else out
+        out = huge_pages.empty(shape, dtype, device) if out is None else out
         module = name.removesuffix(".weight").removesuffix(".base_layer").rsplit(".", 1)[-1]
         is_projection = len(shape) == 2 and module != "embed_tokens"
         std = SPREAD.get(module, 1.0) * shape[-1] ** -0.5 if is_projection else 0.3
@@ -76,7 +76,7 @@ def random_model(raw: dict, dtype: torch.dtype, device: torch.device) -> tuple[L
         plain = [f"{module}.weight" in shapes for module in modules]
         names = [f"{m}.weight" if p else f"{m}.base_layer.weight" for m, p in zip(modules, plain, strict=True)]
         rows = [shapes[name][0] for name in names]
-        weight = torch.empty(sum(rows), shapes[names[0]][1], dtype=dtype, device=device)
+        weight = huge_pages.empty((sum(rows), shapes[names[0]][1]), dtype, device)
         downs, ups = [], []
         for module, name, part in zip(modules, names, weight.split(rows), strict=True):
             if name.endswith("base_layer.weight"):

@@ -16,6 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shapes import Work
+from memkernel import huge_pages
 
 HEAD_START = 5e-3  # seconds that the host is taken to need for launching a call's kernels, until it has been seen
 CYCLES = 2e9  # a second of it, at the highest clock rate
@@ -164,9 +165,8 @@ class Gauge:
         size = 1 << 20 if tiny else (1 << 30 if on_gpu else 64 << 20)
         side = 128 if tiny else (8192 if on_gpu else 2048)
         self.clock = clock
-        self.x = torch.randn(size, device=device)
-        self.y, self.out = torch.empty_like(self.x), torch.empty(side, side, dtype=dtype, device=device)
-        self.a, self.b = torch.randn(2, side, side, device=device).to(dtype)
+        self.x, self.y = (huge_pages.empty((size,), torch.float32, device).normal_() for _ in range(2))
+        self.a, self.b, self.out = (huge_pages.empty((side, side), dtype, device).normal_() for _ in range(3))
 
     def __call__(self, calls: int = 2) -> Ceilings:
         """The best of so many calls each: a ceiling must not be low because one call was disturbed."""

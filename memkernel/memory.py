@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memkernel import memory_file
+from memkernel import huge_pages, memory_file
 from memkernel._check import expect
 from memkernel.config import ModelConfig
 from memkernel.devices import find_device
@@ -83,11 +83,11 @@ class Memory:
         self.seed = _check_seed(seed)
         L, M, W, E = config.num_layers, config.memory_rows, config.write_rows, config.hidden_size
         like = {"dtype": dtype, "device": device}
-        self.key = torch.zeros(L, M, config.num_kv_heads, config.head_size, **like)
-        self.value, self.rotated_key = torch.zeros_like(self.key), torch.zeros_like(self.key)
+        rows = (L, M, config.num_kv_heads, config.head_size)
+        self.key, self.value, self.rotated_key = (huge_pages.empty(rows, **like).zero_() for _ in range(3))
         self.rank = torch.arange(M, dtype=torch.int32, device=device).repeat(L, 1)
         self.recent = torch.zeros(L, W, E, **like)
-        self.hidden_by_slot = torch.zeros(L, M, E, **like) if keep_hidden else None
+        self.hidden_by_slot = huge_pages.empty((L, M, E), **like).zero_() if keep_hidden else None
         self.step, self.initialized, self.edits = 0, False, 0
         self.state = torch.tensor([seed, 0], device=device)
         self._rotation_is_stale = True
@@ -230,10 +230,12 @@ class Memory:
         return self if device == self.key.device else self._copy(device)
 
     def _copy(self, device: torch.device) -> "Memory":
+        def copied(x: Tensor) -> Tensor:
+            return huge_pages.empty(x.shape, x.dtype, device).copy_(x)
+
         with torch.inference_mode(False):
             other = Memory.__new__(Memory)
-            parts = self.__dict__.items()
-            other.__dict__ = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in parts}
+            other.__dict__ = {k: copied(v) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
         return other
 
     def reseed(self, seed: int) -> None:

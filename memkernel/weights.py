@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from memkernel import huge_pages
 from memkernel.config import ModelConfig
 from memkernel.memory import Memory
 from memkernel.model import Layer, Linear, Llama
@@ -210,7 +211,7 @@ class Loader:
     def tensor(self, name: str, out: Tensor | None = None) -> Tensor:
         """Read one tensor into `out` or a new one, block by block."""
         shape = self.checkpoint.shapes[name]
-        out = torch.empty(shape, dtype=self.dtype, device=self.device) if out is None else out
+        out = huge_pages.empty(shape, self.dtype, self.device) if out is None else out
         for begin, block in self.blocks(name):
             out[begin : begin + len(block)] = block
         return out
@@ -254,7 +255,7 @@ class Loader:
         names = [self.base_name(module) for module in modules]
         rows = [self.checkpoint.shapes[name][0] for name in names]
         columns = self.checkpoint.shapes[names[0]][1]
-        weight = torch.empty(sum(rows), columns, dtype=self.dtype, device=self.device)
+        weight = huge_pages.empty((sum(rows), columns), self.dtype, self.device)
         downs, ups = [], []
         for module, name, part in zip(modules, names, weight.split(rows), strict=True):
             if name.endswith(".base_layer.weight"):

@@ -19,7 +19,7 @@ constexpr int64_t SOME_ROWS = 48;         // up to here memory is read more even
 constexpr int64_t KEYS_OF_SOME = 128;
 constexpr int64_t KEYS_OF_MANY = 256;
 constexpr int64_t KEYS_OF_TILE = 16;      // of a block, which all heads read before they go on, where none packs it
-constexpr int64_t NEAR_BYTES = 16 << 10;  // of a tile, to fit into the first cache level beside the one in use
+constexpr int64_t KEYS_AHEAD = 24;        // that are fetched into the second cache level, where none packs them
 constexpr int64_t SUM_STEPS = 32;         // of a score's sum, for a smaller rounding error than that of one long sum
 constexpr float ONES[ROWS] = {1, 1, 1, 1, 1, 1};
 static_assert(KEYS_OF_TILE % (2 * QUAD) == 0 && KEYS_OF_SOME % KEYS_OF_TILE == 0);
@@ -268,7 +268,7 @@ class Attention {
     for (int64_t k = 0; k < keys.rows; k += KEYS_OF_TILE) {
       for (int64_t h = 0; h < task.heads; h++) {
         const FewScores<Scalar> products = {few_queries(scratch, h), tile(keys, k, h), few_scores(scratch, h, k),
-                                            ahead(task, keys, values, k + KEYS_OF_TILE, h)};
+                                            ahead(task, keys, values, k, h)};
         run_with<0, ceil_div(FEW_ROWS, QUADS)>(max_rows > 1 ? registers : 0, products);
       }
     }
@@ -290,7 +290,7 @@ class Attention {
                                             tile(values, k, h),
                                             scratch.added + (h * rows + r) * columns,
                                             columns,
-                                            ahead(task, values, next_keys, k + KEYS_OF_TILE, h)};
+                                            ahead(task, values, next_keys, k, h)};
           run_with<1, ROWS>(rows * (part + 1) / parts - r, products);
         }
       }
@@ -301,14 +301,17 @@ class Attention {
     return {rows.from + key * rows.row + h * a.D, rows.row, min(KEYS_OF_TILE, rows.rows - key), rows.words};
   }
 
-  // What head h fetches while it multiplies: its share of the tile of all heads that is read next, from `key` on or, if
-  // there are no such rows, the first of the others.
+  // What head h fetches while it multiplies the tile of keys from `key` on: the next head's part of the tile or, after
+  // the last head, the first one's of the next tile; and its share of a tile of all heads further on. The last tiles
+  // fetch from the others, which are read after these rows; what runs over an end will be read a block later.
   Ahead ahead(const Task& task, const Rows<Scalar>& rows, const Rows<Scalar>& others, int64_t key, int64_t h) const {
-    const bool has = key < rows.rows;
-    const int64_t row = has ? rows.row : others.row;
-    const Scalar* const from = has ? rows.from + key * row : others.from;
-    return {reinterpret_cast<const char*>(from + h * KEYS_OF_TILE * row / task.heads),
-            KEYS_OF_TILE * row * int64_t(sizeof(Scalar)) <= NEAR_BYTES};
+    const auto further = [&](int64_t k) {
+      return key + k < rows.rows ? rows.from + (key + k) * rows.row : others.from + (key + k - rows.rows) * others.row;
+    };
+    const Scalar* const now = rows.from + key * rows.row + h * a.D;
+    const Scalar* const next = h + 1 < task.heads ? now + a.D : further(KEYS_OF_TILE);
+    const Scalar* const far = further(KEYS_AHEAD) + h * KEYS_OF_TILE * rows.row / task.heads;
+    return {reinterpret_cast<const char*>(far), (next - now) * int64_t(sizeof(Scalar))};
   }
 
   float* few_scores(const Scratch& scratch, int64_t h, int64_t key) const {

@@ -17,16 +17,10 @@ constexpr int FEW_ROWS = LANES == 16 ? 12 : ROWS;  // of more, packing pays, or 
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
-constexpr int64_t LATER = 16 << 10;  // bytes from what goes into the first cache level to what goes into the second
-
-// What the products fetch meanwhile.
+// What the products fetch meanwhile, byte by byte that they read.
 struct Ahead {
-  const char* next;
-  bool near;  // it fits into the first level beside what is in use
-
-  MEMKERNEL_INLINE void fetch(int64_t offset, int64_t bytes) const {
-    near ? fetch_near(next + offset, bytes, LATER) : fetch_far(next + offset, bytes);
-  }
+  const char* far;  // in the order of memory
+  int64_t near;     // bytes from what is read to what is read next, in the same order
 };
 
 // QUAD words, for each of the rows of a register.
@@ -103,7 +97,12 @@ struct FewScores {
       for (int k = 0; k < KEYS; k++) key[k] = keys.from + min(i + k, keys.rows - 1) * keys.row;
       f32x sum[KEYS][V] = {};
       for (int64_t word = 0; word < keys.words; word += STEP) {
-        ahead.fetch((i * keys.words + KEYS * word) * WORD_BYTES<Scalar>, KEYS * STEP * WORD_BYTES<Scalar>);
+        fetch_far(ahead.far + (i * keys.words + KEYS * word) * WORD_BYTES<Scalar>, KEYS * STEP * WORD_BYTES<Scalar>);
+        if (word * WORD_BYTES<Scalar> % LINE == 0) {
+          for (int k = 0; k < KEYS; k++) {
+            fetch_near(reinterpret_cast<const char*>(key[k] + word * PER_WORD<Scalar>) + ahead.near, LINE);
+          }
+        }
         const float* const rows = query + word / STEP * V * LANES;
 #pragma GCC unroll 8  // or the sums are kept in memory
         for (int k = 0; k < KEYS; k++) {
@@ -235,7 +234,10 @@ struct FewSums {
       const Scalar* from = values.from + column;
       f32x added[R][VECTORS] = {};
       for (int64_t i = 0; i < values.rows; i += P) {
-        ahead.fetch(fetched, PANEL * WORD_BYTES<Scalar>);
+        fetch_far(ahead.far + fetched, PANEL * WORD_BYTES<Scalar>);
+        for (int k = 0; k < P; k++) {
+          fetch_near(reinterpret_cast<const char*>(from + k * values.row) + ahead.near, PANEL * sizeof(Scalar));
+        }
         if (i + P <= values.rows) {
           multiply(word, from, values.row, P, added);
         } else {

@@ -8,18 +8,14 @@ namespace MEMKERNEL_ISA {
 
 constexpr int LINE = 64;  // bytes of a cache line
 
-// Fetches what is read next into the second cache level.
+// Into the second cache level. The first keeps few misses under way, too few for the memory's latency.
 MEMKERNEL_INLINE void fetch_far(const char* next, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(next + i, 0, 2);
 }
 
-// Fetches what is read next into the first cache level, and into the second what is read `later` bytes on: on some
-// processors the first level's few misses under way would bound the rate of the memory.
-MEMKERNEL_INLINE void fetch_near(const char* next, int64_t bytes, int64_t later) {
-  for (int64_t i = 0; i < bytes; i += LINE) {
-    __builtin_prefetch(next + i + later, 0, 2);
-    __builtin_prefetch(next + i, 0, 3);
-  }
+// Into the first cache level, from the second.
+MEMKERNEL_INLINE void fetch_near(const char* next, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(next + i, 0, 3);
 }
 
 }  // namespace MEMKERNEL_ISA

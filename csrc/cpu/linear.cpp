@@ -15,9 +15,9 @@ static constexpr int CHUNK_BYTES = 16 << 10;  // of ROWS rows of x, which stay i
 static constexpr int BLOCK = 48;              // rows of W that a thread takes at a time
 static_assert(FEW_ROWS <= ROWS && BLOCK % COLUMNS == 0 && BLOCK % COLUMNS_OF_FEW == 0);
 // Of one or two rows of x, for which one row of W after the other is read:
-static constexpr int SUMS = 4;         // that do not wait for each other
-static constexpr int AHEAD = 2 << 10;  // bytes of W that are fetched ahead into the first cache level,
-static constexpr int LATER = 6 << 10;  // and what lies so much further on into the second
+static constexpr int SUMS = 4;        // that do not wait for each other
+static constexpr int NEAR = 2 << 10;  // bytes of W that are fetched ahead into the first cache level,
+static constexpr int FAR = 8 << 10;   // and into the second
 
 static thread_local Buffer packed_x;
 static thread_local Buffer sums_of_block;
@@ -59,8 +59,7 @@ struct Dot<bf16> {
 #endif
 
 // Columns [begin, end) of W and x, for N rows of x and O rows of W: adds to the sums of earlier columns, and writes y
-// after the last ones. Fetches the same columns of the next rows of W: the processor's own prefetcher stops at the end
-// of each page.
+// after the last ones. Fetches as much of W as it reads, in the order of memory.
 template <class Scalar, int O>
 struct LinearTile {
   using D = Dot<Scalar>;
@@ -69,7 +68,8 @@ struct LinearTile {
   int64_t n, o;                 // first rows of x and W
   const typename D::Packed* x;  // from row n on
   int64_t begin, end;
-  const Scalar *weight, *next;  // rows
+  const Scalar* weight;  // row o
+  const Scalar* next;
   float* sums_so_far;           // [N][O][LANES]
 
   template <int N>
@@ -92,7 +92,7 @@ struct LinearTile {
     };
     const int64_t whole = end - end % D::SIZE;
     for (int64_t i = begin; i < whole; i += D::SIZE) {
-      for (int k = 0; k < O; ++k) fetch_far(reinterpret_cast<const char*>(next + k * a.weight_out + i), LINE);
+      fetch_far(reinterpret_cast<const char*>(next + O * (i - begin)), O * D::SIZE * sizeof(Scalar));
       step(i, [](const Scalar* p) { return D::load_weights(p); });
     }
     if (whole < end) step(whole, [&](const Scalar* p) { return D::load_weights(p, end - whole); });
@@ -148,7 +148,9 @@ struct LinearProduct {
       };
       int64_t i = 0;
       for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE) {
-        fetch_near(reinterpret_cast<const char*>(w + i) + AHEAD, SUMS * D::SIZE * sizeof(Scalar), LATER);
+        const char* const now = reinterpret_cast<const char*>(w + i);
+        fetch_far(now + FAR, SUMS * D::SIZE * sizeof(Scalar));
+        fetch_near(now + NEAR, SUMS * D::SIZE * sizeof(Scalar));
         for (int s = 0; s < SUMS; ++s) add(i + s * D::SIZE, D::load_weights(w + i + s * D::SIZE), sums[s]);
       }
       for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);
@@ -173,25 +175,23 @@ struct LinearProduct {
   }
 
   // Rows [o, end) of W, O at a time: by chunks of columns, so that a chunk of a group stays in the first cache level.
-  // The last chunk fetches the first columns of the rows that are taken next.
+  // Fetches the rows from `next` on.
   template <int LEAST, int MOST, int O>
-  void block(int64_t o, int64_t end, const int64_t& taken) const {
+  void block(int64_t o, int64_t end, const Scalar* next) const {
     float* const sums = sums_of_block.reserve<float>(BLOCK * a.N * LANES);
     for (int64_t begin = 0; begin < a.in; begin += chunk) {
       const int64_t chunk_end = min(begin + chunk, a.in);
       int64_t row = o;
       while (row < end) {
         const bool whole = row + O <= end;
-        const int64_t after = row + (whole ? O : 1);
-        const Scalar* const next = after < end        ? weight(after)
-                                   : chunk_end < a.in ? weight(o) + (chunk_end - begin)
-                                                      : weight(__atomic_load_n(&taken, __ATOMIC_RELAXED)) - begin;
+        const int64_t rows = whole ? O : 1;
         float* const sums_of_row = sums + (row - o) * a.N * LANES;
         if (whole)
           tiles<LEAST, MOST, O>(row, begin, chunk_end, next, sums_of_row);
         else
           tiles<LEAST, MOST, 1>(row, begin, chunk_end, next, sums_of_row);
-        row = after;
+        row += rows;
+        next += rows * (chunk_end - begin);
       }
     }
   }
@@ -204,14 +204,15 @@ static void multiply(const Linear& a, const Threads& threads) {
   parallel(threads, threads.count, [&](int64_t) {
     for (int64_t o; (o = __atomic_fetch_add(&taken, BLOCK, __ATOMIC_RELAXED)) < a.out;) {
       const int64_t end = min(o + BLOCK, a.out);
+      const Scalar* const next = product.weight(o + threads.count * BLOCK);  // this thread's, if all are equally fast
       if (a.N == 1)
         product.template rows<1>(o, end);
       else if (a.N == 2)
         product.template rows<2>(o, end);
       else if (a.N <= FEW_ROWS)
-        product.template block<3, FEW_ROWS, COLUMNS_OF_FEW>(o, end, taken);
+        product.template block<3, FEW_ROWS, COLUMNS_OF_FEW>(o, end, next);
       else
-        product.template block<ROWS / 2, ROWS, COLUMNS>(o, end, taken);
+        product.template block<ROWS / 2, ROWS, COLUMNS>(o, end, next);
     }
   });
 }
