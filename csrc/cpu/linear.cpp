@@ -6,18 +6,17 @@
 
 namespace memkernel::MEMKERNEL_ISA {
 
-// A tile multiplies ROWS rows of x by COLUMNS rows of W, so that sums nearly fill the registers, or FEW_ROWS of x:
+// A tile multiplies up to ROWS rows of x by COLUMNS rows of W, so that sums nearly fill the registers. Where x has no
+// more rows reading W takes the time, and fewer rows of W side by side are read faster:
 static constexpr int ROWS = LANES == 16 ? 8 : 4;
 static constexpr int COLUMNS = 3;
-static constexpr int FEW_ROWS = 4;
-static constexpr int COLUMNS_OF_FEW = LANES == 16 ? 4 : 3;
+static constexpr int FEW_COLUMNS = 2;
 static constexpr int CHUNK_BYTES = 16 << 10;  // of ROWS rows of x, which stay in the first cache level
 static constexpr int BLOCK = 48;              // rows of W that a thread takes at a time
-static_assert(FEW_ROWS <= ROWS && BLOCK % COLUMNS == 0 && BLOCK % COLUMNS_OF_FEW == 0);
-// Of one or two rows of x, for which one row of W after the other is read:
-static constexpr int SUMS = 4;        // that do not wait for each other
-static constexpr int NEAR = 2 << 10;  // bytes of W that are fetched ahead into the first cache level,
-static constexpr int FAR = 8 << 10;   // and into the second
+static_assert(BLOCK % COLUMNS == 0 && BLOCK % FEW_COLUMNS == 0);
+// Of one row of x:
+static constexpr int SUMS = 4;         // that do not wait for each other
+static constexpr int AHEAD = 4 << 10;  // bytes of W that are fetched ahead
 
 static thread_local Buffer packed_x;
 static thread_local Buffer sums_of_block;
@@ -68,8 +67,8 @@ struct LinearTile {
   int64_t n, o;                 // first rows of x and W
   const typename D::Packed* x;  // from row n on
   int64_t begin, end;
-  const Scalar* weight;  // row o
-  const Scalar* next;
+  const Scalar* weight;         // row o
+  const Scalar* next;           // what it fetches
   float* sums_so_far;           // [N][O][LANES]
 
   template <int N>
@@ -136,29 +135,23 @@ struct LinearProduct {
 
   const Scalar* weight(int64_t o) const { return static_cast<const Scalar*>(a.weight) + o * a.weight_out; }
 
-  // All N rows of x against one row of W after the other: W is read as it lies, which gains more than loads of x that
-  // rows of W share.
-  template <int N>
-  void rows(int64_t o, int64_t end) const {
+  // The only row of x by rows [o, end) of W, one after the other.
+  void one_row(int64_t o, int64_t end) const {
     for (; o < end; ++o) {
       const Scalar* w = weight(o);
-      f32x sums[SUMS][N] = {};
-      const auto add = [&](int64_t i, typename D::Numbers weights, f32x (&sum)[N]) {
-        for (int j = 0; j < N; ++j) sum[j] = D::add(sum[j], weights, D::load_packed(x + i * N + j * D::SIZE));
-      };
+      f32x sums[SUMS] = {};
       int64_t i = 0;
       for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE) {
-        const char* const now = reinterpret_cast<const char*>(w + i);
-        fetch_far(now + FAR, SUMS * D::SIZE * sizeof(Scalar));
-        fetch_near(now + NEAR, SUMS * D::SIZE * sizeof(Scalar));
-        for (int s = 0; s < SUMS; ++s) add(i + s * D::SIZE, D::load_weights(w + i + s * D::SIZE), sums[s]);
+        fetch_far(reinterpret_cast<const char*>(w + i) + AHEAD, SUMS * D::SIZE * sizeof(Scalar));
+        for (int s = 0; s < SUMS; ++s) {
+          const int64_t at = i + s * D::SIZE;
+          sums[s] = D::add(sums[s], D::load_weights(w + at), D::load_packed(x + at));
+        }
       }
-      for (; i + D::SIZE <= a.in; i += D::SIZE) add(i, D::load_weights(w + i), sums[0]);
-      if (i < a.in) add(i, D::load_weights(w + i, a.in - i), sums[0]);
-      for (int j = 0; j < N; ++j) {
-        for (int s = 1; s < SUMS; ++s) sums[0][j] = sums[0][j] + sums[s][j];
-        store_first(static_cast<Scalar*>(a.y) + j * a.out + o, broadcast(sum_lanes(sums[0][j])), 1);
-      }
+      for (; i + D::SIZE <= a.in; i += D::SIZE) sums[0] = D::add(sums[0], D::load_weights(w + i), D::load_packed(x + i));
+      if (i < a.in) sums[0] = D::add(sums[0], D::load_weights(w + i, a.in - i), D::load_packed(x + i));
+      for (int s = 1; s < SUMS; ++s) sums[0] = sums[0] + sums[s];
+      store_first(static_cast<Scalar*>(a.y) + o, broadcast(sum_lanes(sums[0])), 1);
     }
   }
 
@@ -206,11 +199,9 @@ static void multiply(const Linear& a, const Threads& threads) {
       const int64_t end = min(o + BLOCK, a.out);
       const Scalar* const next = product.weight(o + threads.count * BLOCK);  // this thread's, if all are equally fast
       if (a.N == 1)
-        product.template rows<1>(o, end);
-      else if (a.N == 2)
-        product.template rows<2>(o, end);
-      else if (a.N <= FEW_ROWS)
-        product.template block<3, FEW_ROWS, COLUMNS_OF_FEW>(o, end, next);
+        product.one_row(o, end);
+      else if (a.N <= ROWS)
+        product.template block<2, ROWS, FEW_COLUMNS>(o, end, next);
       else
         product.template block<ROWS / 2, ROWS, COLUMNS>(o, end, next);
     }
