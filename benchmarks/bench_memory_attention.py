@@ -1,5 +1,7 @@
 """The attention op alone, over every layer's pool in turn: caches hold nothing of a pool when its turn comes."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,9 +9,9 @@ from benchmarks import rivals
 from benchmarks.lab import OP_BOUND, Case, Lab
 from benchmarks.rivals import AttentionInputs
 from benchmarks.timing import Contender
-from memkernel import ops, reference
+from memkernel import huge_pages, ops, reference
 
-CONTENDERS = ["memkernel", "reference", "sdpa", "sdpa-merged", "sdpa-cudnn", "flex"]
+CONTENDERS = ["memkernel", "ordinary pages", "reference", "sdpa", "sdpa-merged", "sdpa-cudnn", "flex"]
 UNSEEN = 8  # cache rows beyond those that a query may see
 CHECKED = 8  # queries of each sequence that are compared with float64
 
@@ -48,7 +50,7 @@ def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
     def contender(calls) -> Contender:
         return Contender(lambda: [call()[:, ::step] for call in calls])
 
-    def with_ops(namespace):
+    def with_ops(namespace, layers=layers):
         return contender(
             [
                 lambda x=x: namespace.memory_attention(x.query, x.memory_key, x.memory_value, x.key, x.value, x.start)
@@ -56,10 +58,16 @@ def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
             ]
         )
 
+    def ordinary_pages() -> Contender:
+        """Pools as PyTorch allocates them."""
+        pools = [{name: getattr(x, name).clone() for name in ("memory_key", "memory_value")} for x in layers]
+        return with_ops(ops, [dataclasses.replace(x, **pool) for x, pool in zip(layers, pools, strict=True)])
+
     on_gpu = lab.device.type == "cuda"
     flash = rivals.flash_cuda if on_gpu else rivals.flash_cpu
     builders = {
         "memkernel": lambda: with_ops(ops),
+        "ordinary pages": ordinary_pages,
         "reference": lambda: with_ops(reference),
         "sdpa": lambda: contender([rivals.sdpa(x) for x in layers]),
         "sdpa-merged": lambda: contender([rivals.sdpa_merged(x, flash) for x in layers]),
@@ -67,6 +75,8 @@ def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
         "flex": lambda: contender([rivals.flex(x) for x in layers]),
     }
     unavailable = {}
+    if on_gpu or huge_pages.setting() != "madvise":
+        unavailable["ordinary pages"] = "all tensors have the same pages here"
     if not on_gpu:
         unavailable["sdpa-cudnn"] = "cuDNN needs CUDA"
         if lab.shape == "tiny" or (T, B) not in ((64, 1), (1, 1)):

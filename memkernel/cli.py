@@ -247,7 +247,7 @@ def _env(args: argparse.Namespace) -> None:
     import torch
     from torch.utils import collect_env
 
-    from memkernel import cuda, native, ops
+    from memkernel import cuda, huge_pages, native, ops
     from memkernel.devices import choose
 
     device, dtype, chosen = choose(args.device, args.dtype)
@@ -256,6 +256,7 @@ def _env(args: argparse.Namespace) -> None:
     names = [name for name, op in vars(ops).items() if isinstance(op, torch._ops.OpOverload)]
     has_kernel, key = torch._C._dispatch_has_kernel_for_dispatch_key, device.type.upper()
     facts["cpu kernels"] = f"{native.isa()}, of {', '.join(native.isas())}" if native.isas() else native.WHY_NOT
+    facts["huge pages"] = huge_pages.setting()
     if torch.cuda.is_available():
         facts["cuda kernels"] = ops.WHY_NO_TRITON or f"triton {sys.modules['triton'].__version__}"
         facts["cuda c++ write"] = cuda.WHY_NOT or "built; memkernel.cuda.draw_and_write_"

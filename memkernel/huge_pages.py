@@ -6,18 +6,27 @@ With pages of 4 KB, looking up addresses holds reading up, the more so in virtua
 import ctypes
 import math
 import mmap
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 PAGE = 2 << 20  # bytes
 ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # None beside Linux
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def setting() -> str:
+    """Who gets huge pages here: "always", "madvise" (who asks, as memkernel does), "never"; "unknown" beside Linux."""
+    chosen = re.search(r"\[(\w+)\]", SETTING.read_text()) if SETTING.is_file() else None
+    return chosen[1] if chosen else "unknown"
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Like torch.empty. On a CPU, tensors of a page and more begin with one, and the system is asked for huge pages,
-    which Linux gives unless /sys/kernel/mm/transparent_hugepage/enabled says "never"."""
+    which it gives from then on where it has any and `setting` is not "never"."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < PAGE or ADVICE is None:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -283,6 +283,7 @@ def test_env_says_what_was_chosen_and_what_runs(run, monkeypatch):
 def test_env_tells_a_native_kernel_from_the_reference(run, monkeypatch):
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "the environment")
     facts = json.loads(run("env", *CPU, "--json")[1])
+    assert facts["huge pages"] in ("always", "madvise", "never", "unknown")
     assert facts["cpu kernels"] == (native.WHY_NOT or f"{native.isa()}, of {', '.join(native.isas())}")
     assert facts["ops"]["swiglu"] == ("CPU kernel" if native.isas() else "reference (plain PyTorch)")
 

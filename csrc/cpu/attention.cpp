@@ -311,7 +311,7 @@ class Attention {
     const Scalar* const now = rows.from + key * rows.row + h * a.D;
     const Scalar* const next = h + 1 < task.heads ? now + a.D : further(KEYS_OF_TILE);
     const Scalar* const far = further(KEYS_AHEAD) + h * KEYS_OF_TILE * rows.row / task.heads;
-    return {reinterpret_cast<const char*>(far), (next - now) * int64_t(sizeof(Scalar))};
+    return {reinterpret_cast<const char*>(far), reinterpret_cast<int64_t>(next) - reinterpret_cast<int64_t>(now)};
   }
 
   float* few_scores(const Scratch& scratch, int64_t h, int64_t key) const {

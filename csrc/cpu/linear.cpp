@@ -193,18 +193,22 @@ struct LinearProduct {
 template <class Scalar>
 static void multiply(const Linear& a, const Threads& threads) {
   const LinearProduct<Scalar> product(a);
-  int64_t taken = 0;  // threads take blocks as they come: one may be slower than the others
-  parallel(threads, threads.count, [&](int64_t) {
-    for (int64_t o; (o = __atomic_fetch_add(&taken, BLOCK, __ATOMIC_RELAXED)) < a.out;) {
-      const int64_t end = min(o + BLOCK, a.out);
-      const Scalar* const next = product.weight(o + threads.count * BLOCK);  // this thread's, if all are equally fast
-      if (a.N == 1)
-        product.one_row(o, end);
-      else if (a.N <= ROWS)
-        product.template block<2, ROWS, FEW_COLUMNS>(o, end, next);
-      else
-        product.template block<ROWS / 2, ROWS, COLUMNS>(o, end, next);
-    }
+  const auto multiply_block = [&](int64_t o, int64_t next) {
+    const int64_t end = min(o + BLOCK, a.out);
+    if (a.N == 1)
+      product.one_row(o, end);
+    else if (a.N <= ROWS)
+      product.template block<2, ROWS, FEW_COLUMNS>(o, end, product.weight(next));
+    else
+      product.template block<ROWS / 2, ROWS, COLUMNS>(o, end, product.weight(next));
+  };
+  // Threads read long runs of memory, then take blocks as they come: one may be slower than the others.
+  const int64_t run = a.out * 3 / 4 / threads.count / BLOCK * BLOCK;
+  int64_t taken = run * threads.count;
+  parallel(threads, threads.count, [&](int64_t thread) {
+    for (int64_t o = run * thread; o < run * (thread + 1); o += BLOCK) multiply_block(o, o + BLOCK);
+    for (int64_t o; (o = __atomic_fetch_add(&taken, BLOCK, __ATOMIC_RELAXED)) < a.out;)
+      multiply_block(o, o + BLOCK * threads.count);  // what this thread takes next, if all are equally fast
   });
 }
 
