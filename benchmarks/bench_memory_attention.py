@@ -1,6 +1,8 @@
 """The attention op alone, over every layer's pool in turn: caches hold nothing of a pool when its turn comes."""
 
 import dataclasses
+import mmap
+from unittest import mock
 
 import pytest
 import torch
@@ -59,8 +61,10 @@ def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
         )
 
     def ordinary_pages() -> Contender:
-        """Pools as PyTorch allocates them."""
-        pools = [{name: getattr(x, name).clone() for name in ("memory_key", "memory_value")} for x in layers]
+        """The same pools in pages of the usual size."""
+        names = ("memory_key", "memory_value")
+        with mock.patch.object(huge_pages, "ADVICE", mmap.MADV_NOHUGEPAGE):
+            pools = [{name: huge_pages.copy(getattr(x, name), lab.device) for name in names} for x in layers]
         return with_ops(ops, [dataclasses.replace(x, **pool) for x, pool in zip(layers, pools, strict=True)])
 
     on_gpu = lab.device.type == "cuda"
@@ -75,7 +79,7 @@ def attention_case(lab: Lab, T: int, past: int, B: int) -> Case:
         "flex": lambda: contender([rivals.flex(x) for x in layers]),
     }
     unavailable = {}
-    if on_gpu or huge_pages.setting() != "madvise":
+    if on_gpu or huge_pages.setting() not in ("always", "madvise"):
         unavailable["ordinary pages"] = "all tensors have the same pages here"
     if not on_gpu:
         unavailable["sdpa-cudnn"] = "cuDNN needs CUDA"

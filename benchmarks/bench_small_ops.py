@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.lab import OP_BOUND, Case, Lab
 from benchmarks.shapes import Work
 from benchmarks.timing import Contender
-from memkernel import ops, reference
+from memkernel import huge_pages, ops, reference
 
 CONTENDERS = ["memkernel", "reference", "pytorch"]
 EPS = 1e-5
@@ -20,7 +20,7 @@ def case(lab: Lab, call, pytorch, inputs: list[Tensor], read: list[Tensor], writ
     """call(namespace, *inputs) and pytorch(*inputs) give the tensors to compare; both may write to `inputs`."""
 
     def contender(function) -> Contender:
-        mine = [x.clone() for x in inputs]
+        mine = [huge_pages.copy(x, x.device) for x in inputs]  # in pages like those of a model's weights
         return Contender(call=lambda: function(*mine), output=lambda: function(*(x.clone() for x in inputs)))
 
     def with_ops(namespace) -> Contender:

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.lab import Case, Lab
 from benchmarks.shapes import Work, projected
 from benchmarks.timing import Contender
-from memkernel import cuda, ops, reference
+from memkernel import cuda, huge_pages, ops, reference
 from memkernel.engine import CHUNK_TOKENS, Engine
 
 WRITERS = ["memkernel", "cuda c++", "reference", "published", "copy and ranks"]
@@ -90,7 +90,7 @@ def write_case(lab: Lab, M: int) -> Case:
     dropped = reference.draw_ranks(state, L, M, W, False)
 
     def contender(write: Callable) -> Contender:
-        mine, rank = [pool.clone() for pool in pools], oldest_first.clone()
+        mine, rank = [huge_pages.copy(pool, lab.device) for pool in pools], oldest_first.clone()
 
         def output() -> list[Tensor]:
             checked, ranks = [pool.clone() for pool in pools], oldest_first.clone()
@@ -125,7 +125,7 @@ def write_case(lab: Lab, M: int) -> Case:
     def copy_and_ranks() -> Contender:
         """No rival but a floor: as many bytes copied to one place of each pool, and the ranks closed. What it leaves is
         no memory, so that there is nothing to compare."""
-        mine, rank = [pool.clone() for pool in pools], oldest_first.clone()
+        mine, rank = [huge_pages.copy(pool, lab.device) for pool in pools], oldest_first.clone()
 
         def call() -> None:
             for pool, new in zip(mine, rows, strict=True):

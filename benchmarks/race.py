@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.lab import Case, Lab
 from benchmarks.report import OURS
 from benchmarks.timing import Contender, commit, footprint, machine, relative_error
+from memkernel import huge_pages
 
 MIN_ROUNDS = 5
 
@@ -56,6 +57,8 @@ class Session:
                 "transformers": transformers.__version__,
             },
         }
+        if device.type == "cpu":
+            self.common["huge_pages"] = huge_pages.setting()
         if device.type == "cuda":
             import triton
 

@@ -244,12 +244,23 @@ def _pyplot():
 
 
 # The same mark for a contender in every picture.
-MARKS = ("memkernel", "published", "transformers", "reference", "sdpa", "sdpa-merged", "sdpa-cudnn", "flex", "cuda c++")
+MARKS = (
+    "memkernel",
+    "published",
+    "transformers",
+    "reference",
+    "sdpa",
+    "sdpa-merged",
+    "sdpa-cudnn",
+    "flex",
+    "cuda c++",
+    "ordinary pages",
+)
 
 
 def _marker(contender: str) -> dict:
     place = MARKS.index(contender) if contender in MARKS else len(MARKS)
-    return {"marker": "osD^vP*Xph"[place], "color": f"C{place}", "markersize": 8 if contender == OURS else 5}
+    return {"marker": "osD^vP*Xph<"[place], "color": f"C{place}", "markersize": 8 if contender == OURS else 5}
 
 
 def _finish(figure, axes, path: Path) -> None:
@@ -296,6 +307,9 @@ NOTES = [
     "* time / ours: median over rounds of the contender's time over memkernel's.",
     "* peak, allocations: of one call through PyTorch's allocator, above what was held before; the scratch of the CPU",
     "  kernels, which each thread keeps from call to call, is not among them.",
+    "* ordinary pages: our kernel on pools in pages of the usual size. Our pools, the weights that all share, operands",
+    "  of single ops and what the rates are measured on lie in pages of 2 MB where the system gives them; other codes'",
+    "  pools and caches, and what a call allocates, do not.",
     "* error: relative Frobenius error against float64 for ops, against the published data flow for whole forwards.",
 ]
 

@@ -3,7 +3,7 @@
 The published data flow has a file of its own, `published.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from memkernel import huge_pages
 from memkernel.engine import Engine
 
 CACHES = ("StaticCache", "DynamicCache")
@@ -135,12 +136,18 @@ class AttentionInputs:
         """Keys and values [B, G, M + seen, D], memory first."""
         B, pools = len(self.query), (self.memory_key, self.memory_value)
         pools = [x.expand(B, -1, -1, -1).transpose(1, 2) for x in pools]
-        return [torch.cat(parts, dim=2).contiguous() for parts in zip(pools, self.own(0), strict=True)]
+        return [side_by_side(parts) for parts in zip(pools, self.own(0), strict=True)]
 
     def visible(self) -> Tensor | None:
         """[T, M + seen] bool, or None where every query sees everything."""
         T, columns = self.query.shape[1], self.memory_key.shape[1] + self.seen
         return torch.ones(T, columns, device=self.query.device).tril(columns - T).bool() if T > 1 else None
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Rows [B, G, *, D] one after the other, in pages like the pool's."""
+    rows = torch.cat(parts, dim=2)
+    return huge_pages.copy(rows, rows.device)
 
 
 def sdpa(inputs: AttentionInputs) -> Callable[[], Tensor]:
@@ -162,7 +169,7 @@ def sdpa_merged(inputs: AttentionInputs, kernel: Callable) -> Callable[[], Tenso
     G = inputs.key.shape[2]
     row_0 = [x[:1, :, :1] for x in inputs.own(0)]
     pools = [x.transpose(1, 2) for x in (inputs.memory_key, inputs.memory_value)]
-    key, value = (torch.cat(parts, dim=2).contiguous() for parts in zip(pools, row_0, strict=True))
+    key, value = (side_by_side(parts) for parts in zip(pools, row_0, strict=True))
     own_key, own_value = (x.repeat_interleave(H // G, dim=1).contiguous() for x in inputs.own(1))
 
     def call():

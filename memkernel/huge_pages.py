@@ -14,25 +14,34 @@ import torch
 from torch import Tensor
 
 PAGE = 2 << 20  # bytes
-ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # None beside Linux
+ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # None where nobody can be asked: elsewhere than on Linux
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def setting() -> str:
-    """Who gets huge pages here: "always", "madvise" (who asks, as memkernel does), "never"; "unknown" beside Linux."""
+    """Who gets huge pages here: "always", "madvise" (who asks, as memkernel does) or "never"; "unknown" if the system
+    does not say."""
     chosen = re.search(r"\[(\w+)\]", SETTING.read_text()) if SETTING.is_file() else None
     return chosen[1] if chosen else "unknown"
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Like torch.empty. On a CPU, tensors of a page and more begin with one, and the system is asked for huge pages,
-    which it gives from then on where it has any and `setting` is not "never"."""
+    """Like torch.empty. On a CPU, tensors of PAGE bytes and more begin at a multiple of PAGE, and the system is asked
+    for huge pages: it gives them as memory is first written to, where it has any and `setting` is not "never"."""
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < PAGE or ADVICE is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    room = torch.empty(size + PAGE, dtype=torch.uint8)
-    begin = -room.data_ptr() % PAGE
-    numbers = room[begin : begin + size]
-    # What it returns does not matter: an advice that is not taken leaves ordinary pages.
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_size_t(size), ADVICE)
-    return numbers.view(dtype).view(shape)
+    room = torch.empty((size + PAGE) // dtype.itemsize, dtype=dtype, device=device)
+    begin = -room.data_ptr() % PAGE // dtype.itemsize
+    numbers = room[begin : begin + math.prod(shape)]
+    whole_pages = size // mmap.PAGESIZE * mmap.PAGESIZE
+    # Memory that the allocator gives a second time has its pages already: they go. Neither call's result matters, since
+    # an advice that is not taken leaves ordinary memory.
+    for advice in (ADVICE, mmap.MADV_DONTNEED):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_size_t(whole_pages), advice)
+    return numbers.view(shape)
+
+
+def copy(x: Tensor, device: torch.device) -> Tensor:
+    """`x` once more, contiguous, on `device`."""
+    return empty(x.shape, x.dtype, device).copy_(x)

@@ -230,12 +230,10 @@ class Memory:
         return self if device == self.key.device else self._copy(device)
 
     def _copy(self, device: torch.device) -> "Memory":
-        def copied(x: Tensor) -> Tensor:
-            return huge_pages.empty(x.shape, x.dtype, device).copy_(x)
-
         with torch.inference_mode(False):
             other = Memory.__new__(Memory)
-            other.__dict__ = {k: copied(v) if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+            parts = self.__dict__.items()
+            other.__dict__ = {k: huge_pages.copy(v, device) if isinstance(v, Tensor) else v for k, v in parts}
         return other
 
     def reseed(self, seed: int) -> None:

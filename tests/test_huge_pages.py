@@ -1,5 +1,6 @@
 """Large tensors on CPUs: where they begin, what the system gave them, and that memories and models use them."""
 
+import mmap
 import re
 from pathlib import Path
 
@@ -11,19 +12,19 @@ from memkernel import huge_pages, tiny
 
 CPU = torch.device("cpu")
 PAGE = huge_pages.PAGE
+SMAPS = Path("/proc/self/smaps")
 on_linux = pytest.mark.skipif(huge_pages.ADVICE is None, reason="only Linux can be asked for huge pages")
 
 
-def huge_bytes(tensor):
-    """Bytes of the mappings that the tensor lies in that are in huge pages."""
-    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    inside, count = False, 0
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+def flags(tensor):
+    """What the system notes about the mapping of the tensor's first byte: `hg` if huge pages were asked for."""
+    inside = False
+    for line in SMAPS.read_text().splitlines():
         if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(span[1], 16) < end and int(span[2], 16) > begin
-        elif inside and line.startswith("AnonHugePages:"):
-            count += 1024 * int(line.split()[1])
-    return count
+            inside = int(span[1], 16) <= tensor.data_ptr() < int(span[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("no mapping of this address")
 
 
 @on_linux
@@ -60,10 +61,28 @@ def test_the_setting_is_the_one_in_brackets(monkeypatch, tmp_path, text, said):
     assert huge_pages.setting() == "unknown"
 
 
-@pytest.mark.skipif(huge_pages.setting() not in ("always", "madvise"), reason="this system gives no huge pages")
-def test_the_system_gives_huge_pages():
-    x = huge_pages.empty((16 * PAGE,), torch.uint8, CPU).zero_()
-    assert huge_bytes(x) >= 8 * PAGE  # the rest may be fragmented
+@pytest.mark.skipif(
+    huge_pages.setting() == "unknown" or not SMAPS.is_file() or "VmFlags" not in SMAPS.read_text(),
+    reason="this system does not say what it was asked for",
+)
+def test_the_system_is_asked_for_huge_pages():
+    assert "hg" in flags(huge_pages.empty((16 * PAGE,), torch.uint8, CPU))
+    assert "hg" not in flags(torch.zeros(16 * PAGE, dtype=torch.uint8))
+
+
+@on_linux
+def test_pages_that_the_allocator_gives_again_are_given_back(monkeypatch):
+    used = torch.full((4 * PAGE,), 7, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: used)
+    x = huge_pages.empty((3 * PAGE - 5,), torch.uint8, CPU)
+    assert not x[: -mmap.PAGESIZE].any()  # what was there is gone; a last page that is shared stays
+    begin = x.data_ptr() - used.data_ptr()
+    assert (used[:begin] == 7).all() and (used[begin + len(x) :] == 7).all()
+
+
+def test_a_default_device_is_not_used():
+    with torch.device("meta"):
+        assert all(huge_pages.empty((n,), torch.uint8, CPU).device == CPU for n in (8, PAGE))
 
 
 @on_linux

@@ -305,13 +305,15 @@ class Attention {
   // the last head, the first one's of the next tile; and its share of a tile of all heads further on. The last tiles
   // fetch from the others, which are read after these rows; what runs over an end will be read a block later.
   Ahead ahead(const Task& task, const Rows<Scalar>& rows, const Rows<Scalar>& others, int64_t key, int64_t h) const {
-    const auto further = [&](int64_t k) {
-      return key + k < rows.rows ? rows.from + (key + k) * rows.row : others.from + (key + k - rows.rows) * others.row;
-    };
+    const int64_t next_key = key + KEYS_OF_TILE, far_key = key + KEYS_AHEAD;
     const Scalar* const now = rows.from + key * rows.row + h * a.D;
-    const Scalar* const next = h + 1 < task.heads ? now + a.D : further(KEYS_OF_TILE);
-    const Scalar* const far = further(KEYS_AHEAD) + h * KEYS_OF_TILE * rows.row / task.heads;
-    return {reinterpret_cast<const char*>(far), reinterpret_cast<int64_t>(next) - reinterpret_cast<int64_t>(now)};
+    const Scalar* const next = h + 1 < task.heads      ? now + a.D
+                               : next_key < rows.rows ? rows.from + next_key * rows.row
+                                                      : others.from;
+    const Scalar* const far = far_key < rows.rows ? rows.from + far_key * rows.row
+                                                  : others.from + (far_key - rows.rows) * others.row;
+    return {reinterpret_cast<const char*>(far + h * KEYS_OF_TILE * rows.row / task.heads),
+            reinterpret_cast<int64_t>(next) - reinterpret_cast<int64_t>(now)};
   }
 
   float* few_scores(const Scratch& scratch, int64_t h, int64_t key) const {

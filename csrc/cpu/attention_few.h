@@ -17,7 +17,7 @@ constexpr int FEW_ROWS = LANES == 16 ? 12 : ROWS;  // of more, packing pays, or 
 template <class Scalar>
 constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
-// What the products fetch meanwhile, byte by byte that they read.
+// What the products fetch meanwhile: as many bytes of each as they read.
 struct Ahead {
   const char* far;  // in the order of memory
   int64_t near;     // bytes from what is read to what is read next, in the same order

@@ -13,7 +13,7 @@ MEMKERNEL_INLINE void fetch_far(const char* next, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(next + i, 0, 2);
 }
 
-// Into the first cache level, from the second.
+// Into the first cache level, for what the second holds already.
 MEMKERNEL_INLINE void fetch_near(const char* next, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += LINE) __builtin_prefetch(next + i, 0, 3);
 }

@@ -7,7 +7,7 @@
 namespace memkernel::MEMKERNEL_ISA {
 
 // A tile multiplies up to ROWS rows of x by COLUMNS rows of W, so that sums nearly fill the registers. Where x has no
-// more rows reading W takes the time, and fewer rows of W side by side are read faster:
+// more rows, reading W takes the time, and fewer rows of W side by side are read faster:
 static constexpr int ROWS = LANES == 16 ? 8 : 4;
 static constexpr int COLUMNS = 3;
 static constexpr int FEW_COLUMNS = 2;
@@ -58,7 +58,7 @@ struct Dot<bf16> {
 #endif
 
 // Columns [begin, end) of W and x, for N rows of x and O rows of W: adds to the sums of earlier columns, and writes y
-// after the last ones. Fetches as much of W as it reads, in the order of memory.
+// after the last ones. Fetches as much of W as it reads, in the order of memory if W's rows lie side by side.
 template <class Scalar, int O>
 struct LinearTile {
   using D = Dot<Scalar>;
@@ -148,7 +148,8 @@ struct LinearProduct {
           sums[s] = D::add(sums[s], D::load_weights(w + at), D::load_packed(x + at));
         }
       }
-      for (; i + D::SIZE <= a.in; i += D::SIZE) sums[0] = D::add(sums[0], D::load_weights(w + i), D::load_packed(x + i));
+      for (; i + D::SIZE <= a.in; i += D::SIZE)
+        sums[0] = D::add(sums[0], D::load_weights(w + i), D::load_packed(x + i));
       if (i < a.in) sums[0] = D::add(sums[0], D::load_weights(w + i, a.in - i), D::load_packed(x + i));
       for (int s = 1; s < SUMS; ++s) sums[0] = sums[0] + sums[s];
       store_first(static_cast<Scalar*>(a.y) + o, broadcast(sum_lanes(sums[0])), 1);
@@ -206,7 +207,8 @@ static void multiply(const Linear& a, const Threads& threads) {
   const int64_t run = a.out * 3 / 4 / threads.count / BLOCK * BLOCK;
   int64_t taken = run * threads.count;
   parallel(threads, threads.count, [&](int64_t thread) {
-    for (int64_t o = run * thread; o < run * (thread + 1); o += BLOCK) multiply_block(o, o + BLOCK);
+    for (int64_t o = run * thread, end = o + run; o < end; o += BLOCK)
+      multiply_block(o, o + BLOCK < end ? o + BLOCK : __atomic_load_n(&taken, __ATOMIC_RELAXED));
     for (int64_t o; (o = __atomic_fetch_add(&taken, BLOCK, __ATOMIC_RELAXED)) < a.out;)
       multiply_block(o, o + BLOCK * threads.count);  // what this thread takes next, if all are equally fast
   });
