@@ -156,37 +156,33 @@ struct LinearProduct {
     }
   }
 
-  // All rows of x, LEAST to MOST in a group, against O rows of W, which stay cached from the first group on. Each group
-  // fetches the next rows of W, though one would do: memory is then asked more evenly.
-  template <int LEAST, int MOST, int O>
-  void tiles(int64_t o, int64_t begin, int64_t end, const Scalar* next, float* sums) const {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t n = first_row(group);
-      const LinearTile<Scalar, O> tile = {a,         n,    o, x + n * padded, begin, end,
-                                          weight(o), next, sums + n * O * LANES};
-      run_with<LEAST, MOST>(first_row(group + 1) - n, tile);
-    }
-  }
-
-  // Rows [o, end) of W, O at a time: by chunks of columns, so that a chunk of a group stays in the first cache level.
-  // Fetches the rows from `next` on.
+  // Rows [o, end) of W, O at a time, by chunks of columns and groups of x, LEAST to MOST rows: so a group's chunk stays in
+  // the first cache level. Each group fetches the rows from `next` on, though one would do: memory is then asked more
+  // evenly.
   template <int LEAST, int MOST, int O>
   void block(int64_t o, int64_t end, const Scalar* next) const {
     float* const sums = sums_of_block.reserve<float>(BLOCK * a.N * LANES);
     for (int64_t begin = 0; begin < a.in; begin += chunk) {
-      const int64_t chunk_end = min(begin + chunk, a.in);
-      int64_t row = o;
-      while (row < end) {
-        const bool whole = row + O <= end;
-        const int64_t rows = whole ? O : 1;
-        float* const sums_of_row = sums + (row - o) * a.N * LANES;
-        if (whole)
-          tiles<LEAST, MOST, O>(row, begin, chunk_end, next, sums_of_row);
-        else
-          tiles<LEAST, MOST, 1>(row, begin, chunk_end, next, sums_of_row);
-        row += rows;
-        next += rows * (chunk_end - begin);
+      const int64_t columns = min(chunk, a.in - begin);
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t n = first_row(group), width = first_row(group + 1) - n;
+        const auto multiply = [&](int64_t row, auto at_a_time) {
+          const LinearTile<Scalar, at_a_time> tile = {a,
+                                                      n,
+                                                      row,
+                                                      x + n * padded,
+                                                      begin,
+                                                      begin + columns,
+                                                      weight(row),
+                                                      next + (row - o) * columns,
+                                                      sums + (n * BLOCK + (row - o) * width) * LANES};
+          run_with<LEAST, MOST>(width, tile);
+        };
+        int64_t row = o;
+        for (; row + O <= end; row += O) multiply(row, std::integral_constant<int, O>());
+        for (; row < end; ++row) multiply(row, std::integral_constant<int, 1>());
       }
+      next += (end - o) * columns;
     }
   }
 };
