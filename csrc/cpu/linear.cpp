@@ -156,8 +156,8 @@ struct LinearProduct {
     }
   }
 
-  // Rows [o, end) of W, O at a time, by chunks of columns and groups of x, LEAST to MOST rows: so a group's chunk stays in
-  // the first cache level. Each group fetches the rows from `next` on, though one would do: memory is then asked more
+  // Rows [o, end) of W, O at a time, by chunks of columns and groups of x, LEAST to MOST rows: so a group's chunk stays
+  // in the first cache level. Each group fetches the rows from `next` on, though one would do: memory is then asked more
   // evenly.
   template <int LEAST, int MOST, int O>
   void block(int64_t o, int64_t end, const Scalar* next) const {
