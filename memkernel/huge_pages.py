@@ -28,17 +28,18 @@ def setting() -> str:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Like torch.empty. On a CPU, tensors of PAGE bytes and more begin at a multiple of PAGE, and the system is asked
     for huge pages: it gives them as memory is first written to, where it has any and `setting` is not "never"."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < PAGE or ADVICE is None:
+    count, item = math.prod(shape), dtype.itemsize
+    if device.type != "cpu" or count * item < PAGE or ADVICE is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    room = torch.empty((size + PAGE) // dtype.itemsize, dtype=dtype, device=device)
-    begin = -room.data_ptr() % PAGE // dtype.itemsize
-    numbers = room[begin : begin + math.prod(shape)]
-    whole_pages = size // mmap.PAGESIZE * mmap.PAGESIZE
+    room = torch.empty(count + PAGE // item, dtype=dtype, device=device)
+    begin = -room.data_ptr() % PAGE // item
+    numbers = room[begin : begin + count]
+    address, whole_pages = numbers.data_ptr(), numbers.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
     # Memory that the allocator gives a second time has its pages already: they go. Neither call's result matters, since
     # an advice that is not taken leaves ordinary memory.
+    madvise = ctypes.CDLL(None).madvise
     for advice in (ADVICE, mmap.MADV_DONTNEED):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_size_t(whole_pages), advice)
+        madvise(ctypes.c_void_p(address), ctypes.c_size_t(whole_pages), advice)
     return numbers.view(shape)
 
 
