@@ -142,7 +142,7 @@ def bench_small_op(race, contender, op, T):
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("T", [1, 4, 8, 16, 32, 64], ids="T{}".format)
+@pytest.mark.parametrize("T", [1, 4, 8, 16, 32, 64, 256], ids="T{}".format)
 def bench_linear(race, contender, T):
     race("linear", {"T": T}, contender, lambda lab: linear(lab, T))
 

@@ -207,20 +207,30 @@ void memory_write_(const std::vector<Tensor>& pools, const Tensor& rank, const s
                          threads_for(bytes));
 }
 
+// Whether PyTorch's product of so many rows may be faster.
+bool is_for_pytorch(DType dtype, int64_t rows, int64_t out, const Threads& threads) {
+  constexpr int64_t few = 32;      // bound by reading the weights, or nearly
+  constexpr int64_t share = 192;   // of `out` a thread: with less, some wait for others in the end
+  if (rows <= few) return false;
+  return rows > kernels().linear_rows(dtype) || out < share * threads.count ||
+         (dtype == DType::bfloat16 && has_matrix_tiles());
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight) {
   const int64_t in = last_size("x", x);
   expect("weight", weight, {-1, in}, x.scalar_type());
+  const int64_t out = weight.size(0);
   const auto dtype = kernel_dtype(x);
-  constexpr int64_t few = 32;  // rows up to which the kernel beats PyTorch's own product (benchmarks/bench_small_ops.py)
-  if (!dtype || in == 0 || x.numel() > few * in || !is_packed(weight, 1))
+  const Threads threads = threads_for(bytes_of(weight));
+  if (!dtype || in == 0 || !is_packed(weight, 1) || is_for_pytorch(*dtype, x.numel() / in, out, threads))
     return call<Tensor>("aten::linear", x, weight, std::nullopt);
   const Rows rows = rows_of(x, 1);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const int64_t out = shape.back() = weight.size(0);
+  shape.back() = out;
   const Tensor y = empty(shape, x.scalar_type());
   kernels().linear({*dtype, rows.tensor.const_data_ptr(), weight.const_data_ptr(), y.data_ptr(), rows.count, in, out,
                     rows.stride, weight.stride(0)},
-                   threads_for(bytes_of(weight)));
+                   threads);
   return y;
 }
 

@@ -69,4 +69,12 @@ bool use_kernels(const char* isa) {
   return false;
 }
 
+bool has_matrix_tiles() {
+#ifdef __x86_64__
+  return __builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
 }  // namespace memkernel

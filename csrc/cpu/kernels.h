@@ -111,11 +111,13 @@ struct Kernels {
   void (*draw_ranks)(const DrawRanks&, const Threads&);
   void (*memory_write)(const MemoryWrite&, const Threads&);
   void (*linear)(const Linear&, const Threads&);
+  int64_t (*linear_rows)(DType);  // of x, up to which `linear` is as fast as PyTorch (benchmarks/bench_small_ops.py)
 };
 
 // isa.cpp: the tables that this processor can run, slowest first, and the one in use, at first the last.
 int kernel_tables(const Kernels* const** tables);
 const Kernels& kernels();
 bool use_kernels(const char* isa);  // false if there is no such table
+bool has_matrix_tiles();            // of bf16 (AMX), which PyTorch uses
 
 }  // namespace memkernel

@@ -1,217 +1,142 @@
-// y = x W^T for a few rows of x: bound by reading W, so each weight is read from memory once.
-#include "buffer.h"
-#include "fetch.h"
+// y = x W^T; each weight is read from memory once.
+#include "linear_few.h"
 #include "parallel.h"
-#include "simd.h"
+#include "product.h"
 
 namespace memkernel::MEMKERNEL_ISA {
 
-// A tile multiplies up to ROWS rows of x by COLUMNS rows of W, so that sums nearly fill the registers. Where x has no
-// more rows, reading W takes the time, and fewer rows of W side by side are read faster:
-static constexpr int ROWS = LANES == 16 ? 8 : 4;
-static constexpr int COLUMNS = 3;
-static constexpr int FEW_COLUMNS = 2;
-static constexpr int CHUNK_BYTES = 16 << 10;  // of ROWS rows of x, which stay in the first cache level
-static constexpr int BLOCK = 48;              // rows of W that a thread takes at a time
-static_assert(BLOCK % COLUMNS == 0 && BLOCK % FEW_COLUMNS == 0);
-// Of one row of x:
-static constexpr int SUMS = 4;         // that do not wait for each other
-static constexpr int AHEAD = 4 << 10;  // bytes of W that are fetched ahead
+constexpr int64_t FEW = 24;     // rows of x up to which sums with parts in all lanes are faster
+static_assert(BLOCK % ROWS == 0 && BLOCK % LANES == 0);
 
-static thread_local Buffer packed_x;
-static thread_local Buffer sums_of_block;
+// Rows of W that are read next: a line of each in turn, as the products go through those before.
+struct FetchRows {
+  const char* next;
+  int64_t rows, row_bytes, step_bytes;
 
-// The sum of products of as many numbers as fill a register. x comes packed, in the form that the multiplication takes.
+  void operator()(int64_t step) const {
+    const int64_t byte = step * step_bytes;
+    if (byte % LINE) return;
+    for (int64_t r = 0; r < rows; ++r) fetch_far(next + r * row_bytes + byte, LINE);
+  }
+};
+
+// body(v) with v = vectors as a constant, 1 to VECTORS.
+template <int V = 1, class Body>
+static void with_vectors(int64_t vectors, const Body& body) {
+  if constexpr (V < VECTORS) {
+    if (vectors > V) return with_vectors<V + 1>(vectors, body);
+  }
+  body(std::integral_constant<int, V>());
+}
+
+// Many rows of x: words of W as they lie in memory, by panels of x, so that no sum goes over lanes. Packed x is
+// [panel][word][LANES * vectors of the panel].
 template <class Scalar>
-struct Dot {
-  static constexpr int SIZE = LANES;
-  using Packed = float;
-  using Numbers = f32x;
-
-  static Numbers load_weights(const Scalar* from) { return load(from); }
-  static Numbers load_weights(const Scalar* from, int64_t count) { return load_first(from, count); }
-  static Numbers load_packed(const float* from) { return load(from); }
-  static void pack(float* to, const Scalar* from, int64_t count) {
-    store(to, count < SIZE ? load_first(from, count) : load(from));
-  }
-  static f32x add(f32x sum, Numbers a, Numbers b) { return fma(a, b, sum); }
-};
-
-#ifdef __AVX512BF16__
-template <>
-struct Dot<bf16> {
-  static constexpr int SIZE = 2 * LANES;
-  using Packed = bf16;
-  using Numbers = __m512bh;
-
-  static Numbers load_weights(const bf16* from) { return (Numbers)_mm512_loadu_si512(from); }
-  static Numbers load_weights(const bf16* from, int64_t count) {
-    return (Numbers)_mm512_maskz_loadu_epi16((1u << count) - 1, from);
-  }
-  static Numbers load_packed(const bf16* from) { return load_weights(from); }
-  static void pack(bf16* to, const bf16* from, int64_t count) {
-    const auto numbers = count < SIZE ? load_weights(from, count) : load_weights(from);
-    __builtin_memcpy(to, &numbers, sizeof numbers);
-  }
-  static f32x add(f32x sum, Numbers a, Numbers b) { return _mm512_dpbf16_ps(sum, a, b); }
-};
-#endif
-
-// Columns [begin, end) of W and x, for N rows of x and O rows of W: adds to the sums of earlier columns, and writes y
-// after the last ones. Fetches as much of W as it reads, in the order of memory if W's rows lie side by side.
-template <class Scalar, int O>
-struct LinearTile {
-  using D = Dot<Scalar>;
+struct PanelProduct {
+  static constexpr int P = PER_WORD<Scalar>;
+  // Words of a row that are multiplied at a time: as many of x stay in the second cache level. In float32 fewer, for a
+  // smaller rounding error than that of one long sum.
+  static constexpr int64_t CHUNK = P == 1 ? 128 : 512;
+  static constexpr bool HAS_WORDS = P * sizeof(Scalar) == sizeof(float);  // in memory, not just when loaded
 
   const Linear& a;
-  int64_t n, o;                 // first rows of x and W
-  const typename D::Packed* x;  // from row n on
-  int64_t begin, end;
-  const Scalar* weight;         // row o
-  const Scalar* next;           // what it fetches
-  float* sums_so_far;           // [N][O][LANES]
+  int64_t words = a.in / P;
+  int64_t width = round_up(a.N, LANES);
+  float* x = packed_x.reserve<float>(width * words);
 
-  template <int N>
-  void run() const {
-    // Copies: a store would make it load them again.
-    const auto [a, n, o, x, begin, end, weight, next, sums_so_far] = *this;
-    f32x sums[N * O];
-#pragma GCC unroll 32  // or the sums are kept in memory
-    for (int s = 0; s < N * O; ++s) sums[s] = begin ? load(sums_so_far + s * LANES) : f32x{};
-    const auto step = [&](int64_t i, auto load_weights) {
-      typename D::Numbers weights[O];
-#pragma GCC unroll 8
-      for (int k = 0; k < O; ++k) weights[k] = load_weights(weight + k * a.weight_out + i);
-#pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) {
-        const auto numbers = D::load_packed(x + i * N + j * D::SIZE);
-#pragma GCC unroll 8
-        for (int k = 0; k < O; ++k) sums[j * O + k] = D::add(sums[j * O + k], weights[k], numbers);
+  PanelProduct(const Linear& arguments, const Threads& threads) : a(arguments) {
+    parallel(threads, ceil_div(words, CHUNK), [this](int64_t i) {
+      const int64_t begin = i * CHUNK;
+      for (int64_t n = 0; n < a.N; n += PANEL) {
+        const Rows<Scalar> rows = {static_cast<const Scalar*>(a.x) + n * a.x_N + begin * P, a.x_N, min(PANEL, a.N - n),
+                                   min(CHUNK, words - begin)};
+        pack_panel(rows, panel_width(n), panel(n, begin));
       }
-    };
-    const int64_t whole = end - end % D::SIZE;
-    for (int64_t i = begin; i < whole; i += D::SIZE) {
-      fetch_far(reinterpret_cast<const char*>(next + O * (i - begin)), O * D::SIZE * sizeof(Scalar));
-      step(i, [](const Scalar* p) { return D::load_weights(p); });
-    }
-    if (whole < end) step(whole, [&](const Scalar* p) { return D::load_weights(p, end - whole); });
-    if (end < a.in) {
-#pragma GCC unroll 32
-      for (int s = 0; s < N * O; ++s) store(sums_so_far + s * LANES, sums[s]);
-      return;
-    }
-    Scalar y[round_up(N * O, LANES)];
-    store_sums<N * O>(y, sums);
-    for (int j = 0; j < N; ++j)
-      __builtin_memcpy(static_cast<Scalar*>(a.y) + (n + j) * a.out + o, y + j * O, O * sizeof(Scalar));
-  }
-};
-
-// One product in flight. Packed x is [group, in / SIZE, rows of the group, SIZE], `in` padded with zeros: where rows
-// lie a power of two apart, as those of W do, they would fight for the same few cache lines.
-template <class Scalar>
-struct LinearProduct {
-  using D = Dot<Scalar>;
-  using Packed = typename D::Packed;
-
-  const Linear& a;
-  int64_t padded = round_up(a.in, D::SIZE);
-  int64_t groups = ceil_div(a.N, ROWS);
-  int64_t chunk = round_up(ceil_div(a.in, ceil_div(a.in * ROWS * sizeof(Packed), CHUNK_BYTES)), D::SIZE);  // columns
-  Packed* x = packed_x.reserve<Packed>(a.N * padded);
-
-  explicit LinearProduct(const Linear& arguments) : a(arguments) {
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t n = first_row(group), width = first_row(group + 1) - n;
-      for (int64_t j = 0; j < width; ++j) {
-        const Scalar* from = static_cast<const Scalar*>(a.x) + (n + j) * a.x_N;
-        Packed* const to = x + n * padded + j * D::SIZE;
-        for (int64_t i = 0; i < a.in; i += D::SIZE) D::pack(to + i * width, from + i, a.in - i);
-      }
-    }
+    });
   }
 
-  int64_t first_row(int64_t group) const { return a.N * group / groups; }
+  int64_t panel_width(int64_t n) const { return min(PANEL, width - n); }
+
+  float* panel(int64_t n, int64_t word) const { return x + n * words + word * panel_width(n); }
 
   const Scalar* weight(int64_t o) const { return static_cast<const Scalar*>(a.weight) + o * a.weight_out; }
 
-  // The only row of x by rows [o, end) of W, one after the other.
-  void one_row(int64_t o, int64_t end) const {
-    for (; o < end; ++o) {
-      const Scalar* w = weight(o);
-      f32x sums[SUMS] = {};
-      int64_t i = 0;
-      for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE) {
-        fetch_far(reinterpret_cast<const char*>(w + i) + AHEAD, SUMS * D::SIZE * sizeof(Scalar));
-        for (int s = 0; s < SUMS; ++s) {
-          const int64_t at = i + s * D::SIZE;
-          sums[s] = D::add(sums[s], D::load_weights(w + at), D::load_packed(x + at));
-        }
+  // Rows [o, end) of W; fetches those from `next` on.
+  void multiply(int64_t o, int64_t end, int64_t next) const {
+    float* const sums = sums_of_block.reserve<float>(BLOCK * width);
+    for (int64_t begin = 0; begin < words; begin += CHUNK) {
+      const Scalar* const after = begin + CHUNK < words ? weight(o) + (begin + CHUNK) * P : weight(next);
+      for (int64_t row = o, rows; row < end; row += rows) {
+        rows = row + ROWS <= end ? ROWS : 1;
+        const FetchRows fetch = {reinterpret_cast<const char*>(after + (row - o) * a.weight_out), rows,
+                                 a.weight_out * int64_t(sizeof(Scalar)), P * sizeof(Scalar)};
+        multiply_tile(row, rows, begin, fetch, sums + (row - o) * width);
       }
-      for (; i + D::SIZE <= a.in; i += D::SIZE)
-        sums[0] = D::add(sums[0], D::load_weights(w + i), D::load_packed(x + i));
-      if (i < a.in) sums[0] = D::add(sums[0], D::load_weights(w + i, a.in - i), D::load_packed(x + i));
-      for (int s = 1; s < SUMS; ++s) sums[0] = sums[0] + sums[s];
-      store_first(static_cast<Scalar*>(a.y) + o, broadcast(sum_lanes(sums[0])), 1);
+    }
+    for (int64_t row = 0; row < end - o; row += LANES) {
+      for (int64_t n = 0; n < a.N; n += LANES) write(sums + row * width + n, o + row, min(LANES, end - o - row), n);
     }
   }
 
-  // Rows [o, end) of W, O at a time, by chunks of columns and groups of x, LEAST to MOST rows: so a group's chunk stays
-  // in the first cache level. Each group fetches the rows from `next` on, though one would do: memory is then asked more
-  // evenly.
-  template <int LEAST, int MOST, int O>
-  void block(int64_t o, int64_t end, const Scalar* next) const {
-    float* const sums = sums_of_block.reserve<float>(BLOCK * a.N * LANES);
-    for (int64_t begin = 0; begin < a.in; begin += chunk) {
-      const int64_t columns = min(chunk, a.in - begin);
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t n = first_row(group), width = first_row(group + 1) - n;
-        const auto multiply = [&](int64_t row, auto at_a_time) {
-          const LinearTile<Scalar, at_a_time> tile = {a,
-                                                      n,
-                                                      row,
-                                                      x + n * padded,
-                                                      begin,
-                                                      begin + columns,
-                                                      weight(row),
-                                                      next + (row - o) * columns,
-                                                      sums + (n * BLOCK + (row - o) * width) * LANES};
-          run_with<LEAST, MOST>(width, tile);
-        };
-        int64_t row = o;
-        for (; row + O <= end; row += O) multiply(row, std::integral_constant<int, O>());
-        for (; row < end; ++row) multiply(row, std::integral_constant<int, 1>());
-      }
-      next += (end - o) * columns;
+  void multiply_tile(int64_t row, int64_t rows, int64_t begin, FetchRows fetch, float* sums) const {
+    for (int64_t n = 0; n < a.N; n += PANEL) {
+      with_vectors(panel_width(n) / LANES, [&](auto vectors) {
+        const Product<Scalar, vectors, FetchRows> product = {weight(row) + begin * P,
+                                                             fetch.row_bytes,
+                                                             panel(n, begin),
+                                                             min(CHUNK, words - begin),
+                                                             sums + n,
+                                                             width,
+                                                             begin ? ONES : nullptr,
+                                                             &fetch};
+        rows == ROWS ? product.template run<ROWS>() : product.template run<1>();
+      });
+      fetch.rows = 0;
+    }
+  }
+
+  // The sums of `count` rows of W, from row o on, with LANES rows of x, from row n on.
+  void write(const float* sums, int64_t o, int64_t count, int64_t n) const {
+    f32x tile[LANES];
+    for (int i = 0; i < LANES; ++i) tile[i] = load(sums + i * width);
+    transpose(tile);
+    for (int64_t j = 0; j < min(LANES, a.N - n); ++j) {
+      Scalar* const to = static_cast<Scalar*>(a.y) + (n + j) * a.out + o;
+      count < LANES ? store_first(to, tile[j], count) : store(to, tile[j]);
     }
   }
 };
 
-template <class Scalar>
+template <class Product>
 static void multiply(const Linear& a, const Threads& threads) {
-  const LinearProduct<Scalar> product(a);
-  const auto multiply_block = [&](int64_t o, int64_t next) {
-    const int64_t end = min(o + BLOCK, a.out);
-    if (a.N == 1)
-      product.one_row(o, end);
-    else if (a.N <= ROWS)
-      product.template block<2, ROWS, FEW_COLUMNS>(o, end, product.weight(next));
-    else
-      product.template block<ROWS / 2, ROWS, COLUMNS>(o, end, product.weight(next));
-  };
+  const Product product(a, threads);
   // Threads read long runs of memory, then take blocks as they come: one may be slower than the others.
   const int64_t run = a.out * 3 / 4 / threads.count / BLOCK * BLOCK;
   int64_t taken = run * threads.count;
   parallel(threads, threads.count, [&](int64_t thread) {
     for (int64_t o = run * thread, end = o + run; o < end; o += BLOCK)
-      multiply_block(o, o + BLOCK < end ? o + BLOCK : __atomic_load_n(&taken, __ATOMIC_RELAXED));
+      product.multiply(o, o + BLOCK, o + BLOCK < end ? o + BLOCK : __atomic_load_n(&taken, __ATOMIC_RELAXED));
     for (int64_t o; (o = __atomic_fetch_add(&taken, BLOCK, __ATOMIC_RELAXED)) < a.out;)
-      multiply_block(o, o + BLOCK * threads.count);  // what this thread takes next, if all are equally fast
+      // Fetched: what this thread takes next, if all are equally fast.
+      product.multiply(o, min(o + BLOCK, a.out), o + BLOCK * threads.count);
   });
 }
 
+template <class Scalar>
+static void multiply_rows(const Linear& a, const Threads& threads) {
+  if constexpr (PanelProduct<Scalar>::HAS_WORDS) {
+    if (a.N > FEW && a.in % PanelProduct<Scalar>::P == 0) return multiply<PanelProduct<Scalar>>(a, threads);
+  }
+  multiply<DotProduct<Scalar>>(a, threads);
+}
+
+int64_t linear_rows(DType dtype) {
+  const bool has_panels = dtype == DType::float32 ? LANES > 4 : PanelProduct<bf16>::HAS_WORDS;
+  return has_panels ? 256 : 32;
+}
+
 void linear(const Linear& a, const Threads& threads) {
-  a.dtype == DType::float32 ? multiply<float>(a, threads) : multiply<bf16>(a, threads);
+  a.dtype == DType::float32 ? multiply_rows<float>(a, threads) : multiply_rows<bf16>(a, threads);
 }
 
 }  // namespace memkernel::MEMKERNEL_ISA

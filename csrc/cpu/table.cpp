@@ -16,6 +16,7 @@ void memory_attention(const MemoryAttention&, const Threads&);
 void draw_ranks(const DrawRanks&, const Threads&);
 void memory_write(const MemoryWrite&, const Threads&);
 void linear(const Linear&, const Threads&);
+int64_t linear_rows(DType);
 
 extern const Kernels table = {
     MEMKERNEL_STRING(MEMKERNEL_ISA),
@@ -27,6 +28,7 @@ extern const Kernels table = {
     draw_ranks,
     memory_write,
     linear,
+    linear_rows,
 };
 
 }  // namespace memkernel::MEMKERNEL_ISA
