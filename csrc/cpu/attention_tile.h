@@ -47,10 +47,11 @@ inline f32x one_words<bf16>() {
 }
 #endif
 
-// Rows to be packed next. The products fetch them line by line as they go, so that memory is never idle.
+// Rows to be packed next. The products fetch them line by line as they go, so that memory is never idle: half as many
+// lines as they read, or the first row tile would wait for them all.
 template <class Scalar>
 struct Prefetch {
-  static constexpr int LINES_OF_STEP = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE);
+  static constexpr int LINES_OF_STEP = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE / 2);
 
   const char* row;
   int64_t row_bytes, row_lines;
@@ -84,18 +85,19 @@ float soften(const float* score, int64_t keys, float scale, Softmax& row, float*
   const float before = row.max;
   const float block_max = max_lane(largest);
   if (!(block_max <= before)) row.max = block_max;
+  const float now = row.max;
   constexpr int P = PER_WORD<Scalar>;
   f32x sum = {};
   for (int64_t i = 0; i < keys; i += P * LANES) {
     f32x x[P];
     for (int k = 0; k < P; k++) {
-      x[k] = exp2_for_words<Scalar>((load(score + i + k * LANES) - row.max) * scale);
+      x[k] = exp2_for_words<Scalar>((load(score + i + k * LANES) - now) * scale);
     }
     const f32x words = pack_words<Scalar>(x);
     store(weight + i / P, words);
     sum = multiply_add<Scalar>(words, one_words<Scalar>(), sum);
   }
-  const float rescale = row.max == before ? 1 : exp2(broadcast((before - row.max) * scale))[0];
+  const float rescale = now == before ? 1 : exp2(broadcast((before - now) * scale))[0];
   row.sum = row.sum * rescale + sum_lanes(sum);
   return rescale;
 }
