@@ -100,7 +100,7 @@ def rope_write(lab: Lab, T: int) -> Case:
 
 
 def linear(lab: Lab, T: int) -> Case:
-    """The MLP's last product, at batch sizes of decoding: bound by reading the weights."""
+    """The MLP's last product: of one row bound by reading the weights, of 256 by multiplying."""
     config = lab.config
     inputs = [lab.random(T, config.intermediate_size, seed=0)]
     inputs.append(lab.random(config.hidden_size, config.intermediate_size, seed=1))

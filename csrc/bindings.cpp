@@ -207,13 +207,12 @@ void memory_write_(const std::vector<Tensor>& pools, const Tensor& rank, const s
                          threads_for(bytes));
 }
 
-// Whether PyTorch's product of so many rows may be faster.
-bool is_for_pytorch(DType dtype, int64_t rows, int64_t out, const Threads& threads) {
-  constexpr int64_t few = 32;      // bound by reading the weights, or nearly
-  constexpr int64_t share = 192;   // of `out` a thread: with less, some wait for others in the end
-  if (rows <= few) return false;
-  return rows > kernels().linear_rows(dtype) || out < share * threads.count ||
-         (dtype == DType::bfloat16 && has_matrix_tiles());
+// Whether PyTorch's product may be faster.
+bool is_for_pytorch(DType dtype, int64_t rows, int64_t in, int64_t out, const Threads& threads) {
+  constexpr int64_t few = 32;     // of which reading the weights takes the time, or nearly
+  constexpr int64_t share = 192;  // of `out` a thread: with less, some wait for others in the end
+  return rows > few && (rows > kernels().linear_rows(dtype, in) || out < share * threads.count ||
+                        (dtype == DType::bfloat16 && has_matrix_tiles()));
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight) {
@@ -222,7 +221,7 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   const int64_t out = weight.size(0);
   const auto dtype = kernel_dtype(x);
   const Threads threads = threads_for(bytes_of(weight));
-  if (!dtype || in == 0 || !is_packed(weight, 1) || is_for_pytorch(*dtype, x.numel() / in, out, threads))
+  if (!dtype || in == 0 || !is_packed(weight, 1) || is_for_pytorch(*dtype, x.numel() / in, in, out, threads))
     return call<Tensor>("aten::linear", x, weight, std::nullopt);
   const Rows rows = rows_of(x, 1);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

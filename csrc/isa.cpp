@@ -70,7 +70,7 @@ bool use_kernels(const char* isa) {
 }
 
 bool has_matrix_tiles() {
-#ifdef __x86_64__
+#if defined(__x86_64__) && __GNUC__ >= 11  // older compilers do not know the name
   return __builtin_cpu_supports("amx-bf16");
 #else
   return false;

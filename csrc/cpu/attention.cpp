@@ -349,8 +349,8 @@ class Attention {
     pack_keys(key_rows, scratch.key);
     pack_values(value_rows, scratch.value);
     const bool last_head = h + 1 == task.heads;
-    Prefetch<Scalar> next_keys = after(key_rows, last_head ? block_keys : 0, last_head ? -h : 1);
-    Prefetch<Scalar> next_values = after(value_rows, last_head ? block_keys : 0, last_head ? -h : 1);
+    Prefetch next_keys = after(key_rows, last_head ? block_keys : 0, last_head ? -h : 1);
+    Prefetch next_values = after(value_rows, last_head ? block_keys : 0, last_head ? -h : 1);
     for (int64_t x = segment.first; x < segment.last; x += ROWS) {
       const int64_t rows = min(ROWS, segment.last - x);
       if (segment.seen(x + rows - 1) <= key) continue;
@@ -359,44 +359,47 @@ class Attention {
   }
 
   // The rows as many rows and heads further on.
-  Prefetch<Scalar> after(const Rows<Scalar>& rows, int64_t further_rows, int64_t further_heads) const {
+  Prefetch after(const Rows<Scalar>& rows, int64_t further_rows, int64_t further_heads) const {
     const int64_t numbers = further_rows * rows.row + further_heads * a.D;
-    Prefetch<Scalar> prefetch;
+    Prefetch prefetch;
     prefetch.row = reinterpret_cast<const char*>(rows.from) + numbers * int64_t(sizeof(Scalar));
     prefetch.row_bytes = rows.row * sizeof(Scalar);
     prefetch.row_lines = ceil_div(a.D * sizeof(Scalar), LINE);
     prefetch.lines = rows.rows * prefetch.row_lines;
+    // As many as a step reads would make the first of several row tiles wait for them all.
+    const int64_t lines_of_step = PANEL * WORD_BYTES<Scalar> / LINE;
+    prefetch.lines_of_step = max(1, max_rows > ROWS ? lines_of_step / 2 : lines_of_step);
     return prefetch;
   }
 
   void attend_tile(const Segment<Scalar>& segment, int64_t x, int64_t rows, int64_t key, int64_t keys, int64_t row,
-                   const Scratch& scratch, Prefetch<Scalar>& next_keys, Prefetch<Scalar>& next_values) const {
+                   const Scratch& scratch, Prefetch& next_keys, Prefetch& next_values) const {
     const int64_t query_words = round_up(words, LANES);
     const int64_t padded_keys = round_up(keys, PANEL);
     const int64_t steps = padded_keys / PER_WORD<Scalar>;
     for (int64_t k = 0; k < padded_keys; k += PANEL) {
       for (int64_t word = 0; word < words; word += SUM_STEPS) {
-        const Product<Scalar, VECTORS, Prefetch<Scalar>> product = {scratch.query + row * query_words + word,
-                                         query_words * int64_t(sizeof(float)),
-                                         scratch.key + k * words + word * PANEL,
-                                         min(SUM_STEPS, words - word),
-                                         scratch.score + k,
-                                         block_keys,
-                                         word ? ONES : nullptr,
-                                         &next_keys};
+        const Product<Scalar, VECTORS, Prefetch> product = {scratch.query + row * query_words + word,
+                                                            query_words * int64_t(sizeof(float)),
+                                                            scratch.key + k * words + word * PANEL,
+                                                            min(SUM_STEPS, words - word),
+                                                            scratch.score + k,
+                                                            block_keys,
+                                                            word ? ONES : nullptr,
+                                                            &next_keys};
         run_with<1, ROWS>(rows, product);
       }
     }
     soften_rows(segment, x, rows, key, keys, row, scratch);
     for (int64_t c = 0; c < columns; c += PANEL) {
-      const Product<Scalar, VECTORS, Prefetch<Scalar>> product = {scratch.weight,
-                                       weight_words * int64_t(sizeof(float)),
-                                       scratch.value + c * steps,
-                                       steps,
-                                       scratch.sum + row * columns + c,
-                                       columns,
-                                       scratch.rescale,
-                                       &next_values};
+      const Product<Scalar, VECTORS, Prefetch> product = {scratch.weight,
+                                                          weight_words * int64_t(sizeof(float)),
+                                                          scratch.value + c * steps,
+                                                          steps,
+                                                          scratch.sum + row * columns + c,
+                                                          columns,
+                                                          scratch.rescale,
+                                                          &next_values};
       run_with<1, ROWS>(rows, product);
     }
   }

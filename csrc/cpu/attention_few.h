@@ -14,9 +14,6 @@ constexpr int QUADS = LANES / QUAD;
 
 constexpr int FEW_ROWS = LANES == 16 ? 12 : ROWS;  // of more, packing pays, or sums would leave the registers
 
-template <class Scalar>
-constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
-
 // What the products fetch meanwhile: as many bytes of each as they read.
 struct Ahead {
   const char* far;  // in the order of memory

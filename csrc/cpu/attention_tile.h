@@ -47,21 +47,18 @@ inline f32x one_words<bf16>() {
 }
 #endif
 
-// Rows to be packed next. The products fetch them line by line as they go, so that memory is never idle: half as many
-// lines as they read, or the first row tile would wait for them all.
-template <class Scalar>
+// Rows to be packed next. The products fetch them line by line as they go, so that memory is never idle.
 struct Prefetch {
-  static constexpr int LINES_OF_STEP = max(1, PANEL * PER_WORD<Scalar> * sizeof(Scalar) / LINE / 2);
-
   const char* row;
   int64_t row_bytes, row_lines;
   int64_t lines;  // left, of all rows
+  int lines_of_step;
   int64_t line = 0;
 
   void operator()(int64_t) {
     if (lines <= 0) return;
-    lines -= LINES_OF_STEP;
-    for (int i = 0; i < LINES_OF_STEP; i++) {
+    lines -= lines_of_step;
+    for (int i = 0; i < lines_of_step; i++) {
       fetch_far(row + line * LINE, LINE);
       line++;
       row += line == row_lines ? row_bytes : 0;
@@ -84,7 +81,7 @@ float soften(const float* score, int64_t keys, float scale, Softmax& row, float*
   for (int64_t i = LANES; i < keys; i += LANES) largest = max(largest, load(score + i));
   const float before = row.max;
   const float block_max = max_lane(largest);
-  if (!(block_max <= before)) row.max = block_max;
+  if (!(block_max <= before)) row.max = block_max;  // a branch, no selection: the processor guesses it and goes on
   const float now = row.max;
   constexpr int P = PER_WORD<Scalar>;
   f32x sum = {};

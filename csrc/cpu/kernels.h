@@ -111,7 +111,7 @@ struct Kernels {
   void (*draw_ranks)(const DrawRanks&, const Threads&);
   void (*memory_write)(const MemoryWrite&, const Threads&);
   void (*linear)(const Linear&, const Threads&);
-  int64_t (*linear_rows)(DType);  // of x, up to which `linear` is as fast as PyTorch (benchmarks/bench_small_ops.py)
+  int64_t (*linear_rows)(DType, int64_t in);  // of many, up to which it beats PyTorch (bench_small_ops.py)
 };
 
 // isa.cpp: the tables that this processor can run, slowest first, and the one in use, at first the last.

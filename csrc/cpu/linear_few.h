@@ -1,5 +1,5 @@
-// y = x W^T for a few rows of x: bound by reading W. Rows of both are multiplied as they lie in memory, so that sums have
-// their parts in all lanes of a register.
+// y = x W^T for a few rows of x: bound by reading W. A register holds neighbours of a row of W, as they lie in memory,
+// so that a sum has parts in all lanes.
 #pragma once
 
 #include "buffer.h"
@@ -8,23 +8,24 @@
 #include "simd.h"
 
 namespace memkernel::MEMKERNEL_ISA {
+namespace {
 
-// A tile multiplies up to DOT_ROWS rows of x by COLUMNS rows of W, so that sums nearly fill the registers. Where x has no
-// more rows, reading W takes the time, and fewer rows of W side by side are read faster:
+// A tile multiplies up to DOT_ROWS rows of x by COLUMNS rows of W, so that sums nearly fill the registers. Where x has
+// no more rows, reading W takes the time, and fewer rows of W side by side are read faster:
 constexpr int DOT_ROWS = LANES == 16 ? 8 : 4;
 constexpr int COLUMNS = 3;
 constexpr int FEW_COLUMNS = 2;
 constexpr int CHUNK_BYTES = 16 << 10;  // of DOT_ROWS rows of x, which stay in the first cache level
-constexpr int BLOCK = 48;              // rows of W that a thread takes at a time
+constexpr int BLOCK = 48;              // rows of W that a thread takes at a time, for many rows of x too
 static_assert(BLOCK % COLUMNS == 0 && BLOCK % FEW_COLUMNS == 0);
 // Of one row of x:
 constexpr int SUMS = 4;         // that do not wait for each other
 constexpr int AHEAD = 4 << 10;  // bytes of W that are fetched ahead
 
-static thread_local Buffer packed_x;
-static thread_local Buffer sums_of_block;
+thread_local Buffer packed_x;
+thread_local Buffer sums_of_block;
 
-// The sum of products of as many numbers as fill a register. x comes packed, in the form that the multiplication takes.
+// The sum of products of as many numbers as fill a register. x comes packed, in the form that multiplication takes.
 template <class Scalar>
 struct Dot {
   static constexpr int SIZE = LANES;
@@ -120,7 +121,8 @@ struct DotProduct {
   const Linear& a;
   int64_t padded = round_up(a.in, D::SIZE);
   int64_t groups = ceil_div(a.N, DOT_ROWS);
-  int64_t chunk = round_up(ceil_div(a.in, ceil_div(a.in * DOT_ROWS * sizeof(Packed), CHUNK_BYTES)), D::SIZE);  // columns
+  int64_t chunks = ceil_div(a.in * DOT_ROWS * sizeof(Packed), CHUNK_BYTES);
+  int64_t chunk = round_up(ceil_div(a.in, chunks), D::SIZE);  // columns
   Packed* x = packed_x.reserve<Packed>(a.N * padded);
 
   DotProduct(const Linear& arguments, const Threads&) : a(arguments) {
@@ -170,8 +172,8 @@ struct DotProduct {
   }
 
   // Rows [o, end) of W, O at a time, by chunks of columns and groups of x, LEAST to MOST rows: so a group's chunk stays
-  // in the first cache level. Each group fetches the rows from `next` on, though one would do: memory is then asked more
-  // evenly.
+  // in the first cache level. Each group fetches the rows from `next` on, though one would do: memory is then asked
+  // more evenly.
   template <int LEAST, int MOST, int O>
   void block(int64_t o, int64_t end, const Scalar* next) const {
     float* const sums = sums_of_block.reserve<float>(BLOCK * a.N * LANES);
@@ -181,14 +183,14 @@ struct DotProduct {
         const int64_t n = first_row(group), width = first_row(group + 1) - n;
         const auto multiply = [&](int64_t row, auto at_a_time) {
           const DotTile<Scalar, at_a_time> tile = {a,
-                                                      n,
-                                                      row,
-                                                      x + n * padded,
-                                                      begin,
-                                                      begin + columns,
-                                                      weight(row),
-                                                      next + (row - o) * columns,
-                                                      sums + (n * BLOCK + (row - o) * width) * LANES};
+                                                   n,
+                                                   row,
+                                                   x + n * padded,
+                                                   begin,
+                                                   begin + columns,
+                                                   weight(row),
+                                                   next + (row - o) * columns,
+                                                   sums + (n * BLOCK + (row - o) * width) * LANES};
           run_with<LEAST, MOST>(width, tile);
         };
         int64_t row = o;
@@ -200,4 +202,5 @@ struct DotProduct {
   }
 };
 
+}  // namespace
 }  // namespace memkernel::MEMKERNEL_ISA

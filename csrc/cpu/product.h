@@ -7,8 +7,8 @@ namespace memkernel {
 namespace MEMKERNEL_ISA {
 
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
-constexpr int ROWS = 6;                   // ROWS x VECTORS sums nearly fill the vector registers
-constexpr int PANEL = VECTORS * LANES;    // columns of a packed operand that lie together
+constexpr int ROWS = 6;                 // ROWS x VECTORS sums nearly fill the vector registers
+constexpr int PANEL = VECTORS * LANES;  // columns of a packed operand that lie together
 
 // Operands of the products are 32-bit words: a float, or two bf16 where the processor multiplies and adds pairs.
 template <class Scalar>
@@ -43,6 +43,9 @@ inline void interleave<bf16>(const f32x (&row)[2], f32x* to) {
   }
 }
 #endif
+
+template <class Scalar>
+constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
 template <class Scalar>
 inline f32x load_words(const Scalar* from) {
@@ -156,8 +159,8 @@ struct Product {
   const float* scale;
   Fetch* fetch;
 
-  // The product is summed apart from c: a long sum in blocks has a much smaller rounding error. steps > 0 keeps the sums
-  // in registers.
+  // The product is summed apart from c: a long sum in blocks has a much smaller rounding error. steps > 0 keeps the
+  // sums in registers.
   template <int rows>
   void run() const {
     const auto [a, a_bytes, b, steps, c, c_row, scale, fetch] = *this;  // copies: a store would make it load them again

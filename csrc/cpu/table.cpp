@@ -16,7 +16,7 @@ void memory_attention(const MemoryAttention&, const Threads&);
 void draw_ranks(const DrawRanks&, const Threads&);
 void memory_write(const MemoryWrite&, const Threads&);
 void linear(const Linear&, const Threads&);
-int64_t linear_rows(DType);
+int64_t linear_rows(DType, int64_t);
 
 extern const Kernels table = {
     MEMKERNEL_STRING(MEMKERNEL_ISA),
