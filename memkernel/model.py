@@ -9,6 +9,7 @@ The dimension key stands in `reference`.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -116,13 +117,15 @@ class Llama:
         offset = config.memory_rows if memory else 0
         seen = cache.key.shape[2] if whole_cache else cache.used + input_ids.shape[1]
         cos, sin = self._rotations(offset + seen)
+        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        # All layers' views at once: on a CPU nothing computes while Python makes them.
+        own_rows = zip(cache.key[:, :, :seen].unbind(), cache.value[:, :, :seen].unbind(), strict=True)
         x = F.embedding(input_ids, self.embedding)
         h = ops.rms_norm(x, self.layers[0].input_norm, eps)
-        for i, layer in enumerate(self.layers):
-            key, value = cache.key[i, :, :seen], cache.value[i, :, :seen]
-            q, k, v = self._heads(layer.qkv.read(h, ops)).split([config.num_heads, *[config.num_kv_heads] * 2], dim=2)
-            q = ops.rope_write_(key, value, q, k, v, cos, sin, cache.start, offset)
-            attended = ops.memory_attention(q, *self._memory_rows(memory, i), key, value, cache.start)
+        for i, (layer, own, shared) in enumerate(zip(self.layers, own_rows, self._memory_rows(memory), strict=True)):
+            q, k, v = self._heads(layer.qkv.read(h, ops)).split_with_sizes(sizes, dim=2)
+            q = ops.rope_write_(*own, q, k, v, cos, sin, cache.start, offset)
+            attended = ops.memory_attention(q, *shared, *own, cache.start)
             h = ops.add_rms_norm_(x, layer.o.read(attended.flatten(2), ops), layer.post_norm, eps)
             mlp = layer.down.read(ops.swiglu(layer.gate_up.read(h, ops)), ops)
             following = self.layers[i + 1].input_norm if i + 1 < len(self.layers) else self.norm
@@ -208,15 +211,16 @@ class Llama:
     # -- shared -------------------------------------------------------------------------------------------------------
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.config.head_size))
+        return x.view(*x.shape[:-1], -1, self.config.head_size)
 
     def _bos_rows(self, memory: Memory | None) -> int:
         return int(memory is not None and self.config.has_bos)
 
-    def _memory_rows(self, memory: Memory | None, index: int) -> tuple[Tensor, Tensor]:
+    def _memory_rows(self, memory: Memory | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values, [1, M, G, D]."""
         if memory is None:
-            return self.no_memory, self.no_memory
-        return memory.rotated_key[index, None], memory.value[index, None]
+            return [(self.no_memory, self.no_memory)] * len(self.layers)
+        return zip(memory.rotated_key[:, None].unbind(), memory.value[:, None].unbind(), strict=True)
 
     def _rotations(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin of at least `length` positions; the table doubles when a longer one is asked for. Outgrown ones

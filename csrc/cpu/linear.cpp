@@ -72,7 +72,7 @@ struct PanelProduct {
     });
   }
 
-  int64_t words_from(int64_t begin) const { return max(0, min(chunk, words - begin)); }
+  int64_t words_from(int64_t begin) const { return min(chunk, words - begin); }
 
   int64_t panel_width(int64_t n) const { return min(PANEL, width - n); }
 
