@@ -379,27 +379,27 @@ class Attention {
     const int64_t steps = padded_keys / PER_WORD<Scalar>;
     for (int64_t k = 0; k < padded_keys; k += PANEL) {
       for (int64_t word = 0; word < words; word += SUM_STEPS) {
-        const Product<Scalar, VECTORS, Prefetch> product = {scratch.query + row * query_words + word,
-                                                            query_words * int64_t(sizeof(float)),
-                                                            scratch.key + k * words + word * PANEL,
-                                                            min(SUM_STEPS, words - word),
-                                                            scratch.score + k,
-                                                            block_keys,
-                                                            word ? ONES : nullptr,
-                                                            &next_keys};
+        const Product<Scalar, Prefetch> product = {scratch.query + row * query_words + word,
+                                                   query_words * int64_t(sizeof(float)),
+                                                   scratch.key + k * words + word * PANEL,
+                                                   min(SUM_STEPS, words - word),
+                                                   scratch.score + k,
+                                                   block_keys,
+                                                   word ? ONES : nullptr,
+                                                   &next_keys};
         run_with<1, ROWS>(rows, product);
       }
     }
     soften_rows(segment, x, rows, key, keys, row, scratch);
     for (int64_t c = 0; c < columns; c += PANEL) {
-      const Product<Scalar, VECTORS, Prefetch> product = {scratch.weight,
-                                                          weight_words * int64_t(sizeof(float)),
-                                                          scratch.value + c * steps,
-                                                          steps,
-                                                          scratch.sum + row * columns + c,
-                                                          columns,
-                                                          scratch.rescale,
-                                                          &next_values};
+      const Product<Scalar, Prefetch> product = {scratch.weight,
+                                                 weight_words * int64_t(sizeof(float)),
+                                                 scratch.value + c * steps,
+                                                 steps,
+                                                 scratch.sum + row * columns + c,
+                                                 columns,
+                                                 scratch.rescale,
+                                                 &next_values};
       run_with<1, ROWS>(rows, product);
     }
   }

@@ -23,23 +23,15 @@ struct FetchRows {
   }
 };
 
-// c = c * scale + a tile's words of some rows of W, ROWS or one, by V vectors of a panel of x.
+// Some rows of W, ROWS or one, by V vectors of a panel of x.
 template <class Scalar>
 struct PanelTile {
   int64_t rows;
-  const Scalar* weight;
-  int64_t row_bytes;
-  const float* panel;
-  int64_t steps;
-  float* sums;
-  int64_t sums_row;
-  const float* scale;
-  FetchRows* fetch;
+  Product<Scalar, FetchRows> product;
 
   template <int V>
   void run() const {
-    const Product<Scalar, V, FetchRows> product = {weight, row_bytes, panel, steps, sums, sums_row, scale, fetch};
-    rows == ROWS ? product.template run<ROWS>() : product.template run<1>();
+    rows == ROWS ? product.template run<ROWS, V>() : product.template run<1, V>();
   }
 };
 
@@ -78,28 +70,28 @@ struct PanelProduct {
 
   float* panel(int64_t n, int64_t word) const { return x + n * words + word * panel_width(n); }
 
-  const Scalar* weight(int64_t o) const { return static_cast<const Scalar*>(a.weight) + o * a.weight_out; }
-
   // Rows [o, end) of W; fetches those from `next` on.
   void multiply(int64_t o, int64_t end, int64_t next) const {
     float* const sums = sums_of_block.reserve<float>(BLOCK * width);
     for (int64_t begin = 0; begin < words; begin += chunk) {
-      const Scalar* const after = begin + chunk < words ? weight(o) + (begin + chunk) * P : weight(next);
+      const int64_t following = begin + chunk;
+      const Scalar* const after =
+          following < words ? weight_row<Scalar>(a, o) + following * P : weight_row<Scalar>(a, next);
       for (int64_t row = o, rows; row < end; row += rows) {
         rows = row + ROWS <= end ? ROWS : 1;
         FetchRows fetch = {reinterpret_cast<const char*>(after + (row - o) * a.weight_out), rows, row_bytes};
         for (int64_t n = 0; n < a.N; n += PANEL) {
           const PanelTile<Scalar> tile = {rows,
-                                          weight(row) + begin * P,
-                                          row_bytes,
-                                          panel(n, begin),
-                                          words_from(begin),
-                                          sums + (row - o) * width + n,
-                                          width,
-                                          begin ? ONES : nullptr,
-                                          &fetch};
+                                          {weight_row<Scalar>(a, row) + begin * P,
+                                           row_bytes,
+                                           panel(n, begin),
+                                           words_from(begin),
+                                           sums + (row - o) * width + n,
+                                           width,
+                                           begin ? ONES : nullptr,
+                                           &fetch}};
           run_with<1, VECTORS>(panel_width(n) / LANES, tile);
-          fetch.rows = 0;
+          fetch.rows = 0;  // the first panel's products fetch all
         }
       }
     }

@@ -111,6 +111,11 @@ struct DotTile {
   }
 };
 
+template <class Scalar>
+const Scalar* weight_row(const Linear& a, int64_t o) {
+  return static_cast<const Scalar*>(a.weight) + o * a.weight_out;
+}
+
 // One product in flight. Packed x is [group, in / SIZE, rows of the group, SIZE], `in` padded with zeros: where rows
 // lie a power of two apart, as those of W do, they would fight for the same few cache lines.
 template <class Scalar>
@@ -138,22 +143,20 @@ struct DotProduct {
 
   int64_t first_row(int64_t group) const { return a.N * group / groups; }
 
-  const Scalar* weight(int64_t o) const { return static_cast<const Scalar*>(a.weight) + o * a.weight_out; }
-
   // Rows [o, end) of W; fetches those from `next` on.
   void multiply(int64_t o, int64_t end, int64_t next) const {
     if (a.N == 1)
       one_row(o, end);
     else if (a.N <= DOT_ROWS)
-      block<2, DOT_ROWS, FEW_COLUMNS>(o, end, weight(next));
+      block<2, DOT_ROWS, FEW_COLUMNS>(o, end, weight_row<Scalar>(a, next));
     else
-      block<DOT_ROWS / 2, DOT_ROWS, COLUMNS>(o, end, weight(next));
+      block<DOT_ROWS / 2, DOT_ROWS, COLUMNS>(o, end, weight_row<Scalar>(a, next));
   }
 
   // The only row of x by rows [o, end) of W, one after the other.
   void one_row(int64_t o, int64_t end) const {
     for (; o < end; ++o) {
-      const Scalar* w = weight(o);
+      const Scalar* w = weight_row<Scalar>(a, o);
       f32x sums[SUMS] = {};
       int64_t i = 0;
       for (; i + SUMS * D::SIZE <= a.in; i += SUMS * D::SIZE) {
@@ -188,7 +191,7 @@ struct DotProduct {
                                                    x + n * padded,
                                                    begin,
                                                    begin + columns,
-                                                   weight(row),
+                                                   weight_row<Scalar>(a, row),
                                                    next + (row - o) * columns,
                                                    sums + (n * BLOCK + (row - o) * width) * LANES};
           run_with<LEAST, MOST>(width, tile);

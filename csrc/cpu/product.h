@@ -148,7 +148,7 @@ inline float load_word(const void* from, int64_t offset) {
 
 // c = scale * c + a * b, or a * b without scale; a [rows, steps], b [steps, V * LANES] in words, c [rows, V * LANES].
 // Fetches something else as it goes: fetch(step).
-template <class Scalar, int V, class Fetch>
+template <class Scalar, class Fetch>
 struct Product {
   const void* a;
   int64_t a_bytes;  // of a row
@@ -161,7 +161,7 @@ struct Product {
 
   // The product is summed apart from c: a long sum in blocks has a much smaller rounding error. steps > 0 keeps the
   // sums in registers.
-  template <int rows>
+  template <int rows, int V = VECTORS>
   void run() const {
     const auto [a, a_bytes, b, steps, c, c_row, scale, fetch] = *this;  // copies: a store would make it load them again
     Fetch fetch_more = *fetch;
