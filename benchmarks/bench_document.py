@@ -61,8 +61,8 @@ def document_case(lab: Lab) -> Case:
     steps = [lab.least.read(1, past=1 + QUESTION_TOKENS + i, sequences=asked) for i in range(ANSWER_TOKENS - 1)]
     return Case(
         builders={
-            "published": published,
             "memkernel": lambda: engine_contender(lab.engine),
+            "published": published,
         },
         truth=("published",),
         bound=lab.model_bound,

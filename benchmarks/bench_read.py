@@ -60,8 +60,8 @@ def first_token_case(lab: Lab, T: int) -> Case:
 
     return Case(
         builders={
-            "published": published,
             "memkernel": lambda: engine_contender(lab.engine),
+            "published": published,
             "reference": lambda: engine_contender(lab.reference),
             "transformers": lambda: huggingface(lab, ids),
         },
@@ -119,8 +119,8 @@ def decode_case(lab: Lab, B: int) -> Case:
 
     return Case(
         builders={
-            "published": published,
             "memkernel": lambda: engine_contender(lab.engine),
+            "published": published,
             "one by one": lambda: engine_contender(lab.engine, at_once=1),
             "reference": lambda: engine_contender(lab.reference),
             "transformers": lambda: huggingface(lab, tokens, prompt),

@@ -60,8 +60,8 @@ def update_case(lab: Lab, T: int) -> Case:
         work = work + lab.least.inject(len(chunk)) + lab.least.write(config.memory_rows)
     return Case(
         builders={
-            "published": published,
             "memkernel": lambda: engine_contender(lab.engine),
+            "published": published,
             "reference": lambda: engine_contender(lab.reference),
         },
         truth=("published", "reference"),

@@ -123,9 +123,10 @@ class Clock:
         min_rounds: int,
         gauge: Callable[[], Ceilings],
     ) -> Rounds:
-        """Rounds A B A B, every other one backwards, each begun by `gauge`: `min_rounds`, unless they would take longer
-        than PATIENCE seconds, and more until `budget` seconds are spent. Each round calls the quick contenders several
-        times. Every contender has been called before, which took `first` seconds; one that raises is out."""
+        """Rounds A B, B A, A B: `min_rounds`, unless they would take longer than PATIENCE seconds, and more until
+        `budget` seconds are spent. `gauge` comes before the first contender or, backwards, after it: rates that change
+        within a round are its own. Each round calls the quick contenders several times. Every contender has been called
+        before, which took `first` seconds; one that raises is out."""
         left, rounds = dict(contenders), Rounds({name: Samples() for name in contenders})
 
         def timed(name: str, calls: int) -> list[tuple[float, float]]:
@@ -146,12 +147,16 @@ class Clock:
         while left and (
             not rounds.ceilings or spent < budget or (len(rounds.ceilings) < min_rounds and spent < PATIENCE)
         ):
-            rounds.ceilings.append(gauge())
-            for name in list(left)[:: 1 if len(rounds.ceilings) % 2 else -1]:
+            backwards = len(rounds.ceilings) % 2
+            if not backwards:
+                rounds.ceilings.append(gauge())
+            for name in list(left)[:: -1 if backwards else 1]:
                 if taken := timed(name, calls[name]):
                     walls, devices = zip(*taken, strict=True)
                     rounds.samples[name].wall.append(statistics.median(walls))
                     rounds.samples[name].device.append(statistics.median(devices))
+            if backwards:
+                rounds.ceilings.append(gauge())
             spent = time.perf_counter() - began
         return rounds
 

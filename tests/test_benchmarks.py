@@ -121,6 +121,23 @@ def test_rounds_take_turns_and_quick_contenders_are_called_more_often():
     assert samples["slow"].wall[0] > samples["quick"].wall[0]
 
 
+def test_the_machine_is_gauged_right_beside_the_first_contender_of_each_round():
+    order, rate = [], Ceilings(1.0, 1.0, 1.0)
+
+    def turn(name):
+        return Contender(lambda: order.append(name))
+
+    Clock(CPU).interleaved(
+        {"first": turn("first"), "second": turn("second")},
+        {"first": 1.0, "second": 1.0},  # as slow as that they are called once a round
+        cold=False,
+        budget=0.0,
+        min_rounds=3,
+        gauge=lambda: order.append("gauge") or rate,
+    )
+    assert order == ["gauge", "first", "second", "second", "first", "gauge", "gauge", "first", "second"]
+
+
 def test_a_contender_that_breaks_while_it_is_timed_is_out_and_the_others_go_on():
     calls = []
 
