@@ -1,6 +1,6 @@
 // The ops under PyTorch's CPU key: arguments checked as the reference checks them, unpacked for the kernels. Calls that
-// no kernel takes (other dtypes, unusual or overlapping strides in what is written) go to the reference, once their
-// arguments are known to be good.
+// no kernel takes (other dtypes, unusual strides in what is written) go to the reference, once their arguments are known
+// to be good: of an error in there only its type would come back.
 #include <algorithm>
 #include <vector>
 
@@ -23,8 +23,8 @@ int64_t last_size(const char* name, const Tensor& t) {
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t E = last_size("x", x);
+  const auto dtype = kernel_dtype("x", x);
   expect("weight", weight, {E}, x.scalar_type());
-  const auto dtype = kernel_dtype(x);
   if (!dtype) return call<Tensor>("memkernel_reference::rms_norm", x, weight, eps);
   const Rows rows = rows_of(x, 1);
   const Tensor scale = packed(weight, 1), out = empty(x.sizes(), x.scalar_type());
@@ -36,9 +36,10 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 
 Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weight, double eps) {
   const int64_t E = last_size("residual", residual);
+  const auto dtype = kernel_dtype("residual", residual);
+  expect_distinct("residual", residual);
   expect("x", x, residual.sizes(), residual.scalar_type());
   expect("weight", weight, {E}, residual.scalar_type());
-  const auto dtype = kernel_dtype(residual);
   const auto written = rows_in_place(residual, 1);
   if (!dtype || !written || !is_distinct(residual))
     return call<Tensor>("memkernel_reference::add_rms_norm_", residual, x, weight, eps);
@@ -51,9 +52,9 @@ Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weig
 }
 
 Tensor swiglu(const Tensor& gate_up) {
+  const auto dtype = kernel_dtype("gate_up", gate_up);
   if (last_size("gate_up", gate_up) % 2)
     fail("gate_up: expected an even last dimension (two halves), got " + to_string(gate_up.sizes()));
-  const auto dtype = kernel_dtype(gate_up);
   if (!dtype) return call<Tensor>("memkernel_reference::swiglu", gate_up);
   const Rows rows = rows_of(gate_up, 1);
   std::vector<int64_t> half(gate_up.sizes().begin(), gate_up.sizes().end());
@@ -72,6 +73,7 @@ Tensor rope_write_(const Tensor& cache_key, const Tensor& cache_value, const Ten
   const int64_t B = cache_key.size(0), S = cache_key.size(1), G = cache_key.size(2), D = cache_key.size(3);
   const int64_t T = key.size(1), Tq = query.size(1), H = query.size(2);
   const ScalarType type = cache_key.scalar_type();
+  const auto dtype = kernel_dtype("cache_key", cache_key);
   expect("cache_value", cache_value, {B, S, G, D}, type);
   expect("query", query, {B, std::min(Tq, T), H, D}, type);
   expect("key", key, {B, std::min(T, S), G, D}, type);
@@ -80,14 +82,16 @@ Tensor rope_write_(const Tensor& cache_key, const Tensor& cache_value, const Ten
   expect("sin", sin, cos.sizes(), ScalarType::Float);
   expect("start", start, {B}, ScalarType::Int);
   expect_at_least_0("offset", offset);
-  const auto dtype = kernel_dtype(query);
+  expect_distinct("cache_key", cache_key);
+  expect_distinct("cache_value", cache_value);
+  const Tensor starts = packed(start, 1);
+  expect_below("start", starts, std::min(S, std::max<int64_t>(0, cos.size(0) - offset)) - T + 1);
   if (!dtype || D % 2 || !is_packed(cache_key, 2) || !is_packed(cache_value, 2) || !is_distinct(cache_key) ||
       !is_distinct(cache_value))
     return call<Tensor>("memkernel_reference::rope_write_", cache_key, cache_value, query, key, value, cos, sin, start,
                         offset);
-  const Tensor q = packed(query, 2), k = packed(key, 2), v = packed(value, 2), starts = packed(start, 1);
+  const Tensor q = packed(query, 2), k = packed(key, 2), v = packed(value, 2);
   const Tensor cosines = packed(cos, 2), sines = packed(sin, 2);
-  expect_below("start", starts, std::min(S, std::max<int64_t>(0, cos.size(0) - offset)) - T + 1);
   const Tensor out = empty(query.sizes(), type);
   kernels().rope_write({*dtype, cache_key.data_ptr(), cache_value.data_ptr(), q.const_data_ptr(), k.const_data_ptr(),
                         v.const_data_ptr(), float_data(cosines), float_data(sines), int32_data(starts), out.data_ptr(),
@@ -103,18 +107,20 @@ void rotate_memory_(const Tensor& rotated, const Tensor& key, const Tensor& rank
   const auto shape = rotated.sizes();
   if (shape.size() < 3) fail("rotated: expected [..., M, G, D], got " + to_string(shape));
   const int64_t G = rotated.size(-2), D = rotated.size(-1);
+  const auto dtype = kernel_dtype("rotated", rotated);
   expect("key", key, shape, rotated.scalar_type());
   expect("rank", rank, IntHeaderOnlyArrayRef(shape.data(), shape.size() - 2), ScalarType::Int);
   expect("cos", cos, {-1, D / 2}, ScalarType::Float);
   expect("sin", sin, cos.sizes(), ScalarType::Float);
   expect_at_least_0("offset", offset);
-  const auto dtype = kernel_dtype(rotated);
+  expect_distinct("rotated", rotated);
+  const Tensor ranks = packed(rank, rank.dim());
+  expect_below("rank", ranks, std::max<int64_t>(0, cos.size(0) - offset));
   const auto written = rows_in_place(rotated, 2);
   if (!dtype || D % 2 || !written || !is_distinct(rotated))
     return call<void>("memkernel_reference::rotate_memory_", rotated, key, rank, cos, sin, offset);
   const Rows rows = rows_of(key, 2);
-  const Tensor ranks = packed(rank, rank.dim()), cosines = packed(cos, 2), sines = packed(sin, 2);
-  expect_below("rank", ranks, std::max<int64_t>(0, cos.size(0) - offset));
+  const Tensor cosines = packed(cos, 2), sines = packed(sin, 2);
   kernels().rotate_memory({*dtype, rotated.data_ptr(), rows.tensor.const_data_ptr(), int32_data(ranks),
                            float_data(cosines), float_data(sines), rows.count, G, D, offset, written->stride,
                            rows.stride},
@@ -132,18 +138,19 @@ Tensor memory_attention(const Tensor& query, const Tensor& memory_key, const Ten
     fail("query: expected a batch divisible by " + std::to_string(P) + " pools and heads by " + std::to_string(G) +
          ", got " + to_string(query.sizes()));
   const ScalarType type = query.scalar_type();
+  const auto dtype = kernel_dtype("query", query);
   expect("memory_key", memory_key, {P, M, G, D}, type);
   expect("memory_value", memory_value, {P, M, G, D}, type);
   expect("key", key, {B, std::max(S, T), G, D}, type);
   expect("value", value, {B, S, G, D}, type);
   expect("start", start, {B}, ScalarType::Int);
-  const auto dtype = kernel_dtype(query);
-  if (query.numel() == 0) return empty(query.sizes(), type);
+  const Tensor starts = packed(start, 1);
+  expect_below("start", starts, S - T + 1);
+  if (dtype && query.numel() == 0) return empty(query.sizes(), type);
   if (!dtype || D % 2)
     return call<Tensor>("memkernel_reference::memory_attention", query, memory_key, memory_value, key, value, start);
   const Tensor q = packed(query, 2), mk = packed(memory_key, 2), mv = packed(memory_value, 2);
-  const Tensor k = packed(key, 2), v = packed(value, 2), starts = packed(start, 1);
-  expect_below("start", starts, S - T + 1);
+  const Tensor k = packed(key, 2), v = packed(value, 2);
   const Tensor out = empty(query.sizes(), type);
   kernels().memory_attention(
       {*dtype, q.const_data_ptr(), mk.const_data_ptr(), mv.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(),
@@ -189,6 +196,7 @@ void memory_write_(const std::vector<Tensor>& pools, const Tensor& rank, const s
     expect(("pools" + index).c_str(), pool, shape, pool.scalar_type());
     shape[1] = W;
     expect(("rows" + index).c_str(), rows[i], shape, pool.scalar_type());
+    expect_distinct(("pools" + index).c_str(), pool);
     const int64_t inner = pool.dim() - 2, size = pool.element_size();
     in_place = in_place && is_packed(pool, inner) && is_distinct(pool);
     const Tensor& news = packed_rows.emplace_back(packed(rows[i], inner));
@@ -198,10 +206,11 @@ void memory_write_(const std::vector<Tensor>& pools, const Tensor& rank, const s
     unpacked.push_back({static_cast<char*>(pool.data_ptr()), static_cast<const char*>(news.const_data_ptr()), row_bytes,
                         pool.stride(0) * size, pool.stride(1) * size, news.stride(0) * size, news.stride(1) * size});
   }
-  if (!in_place) return call<void>("memkernel_reference::memory_write_", pools, rank, rows, dropped);
+  expect_distinct("rank", rank);
+  expect_below("rank", packed(rank, 2), M);
   const Tensor drops = packed(dropped, 2);
-  expect_below("rank", rank, M);
   expect_below("dropped", drops, M);
+  if (!in_place) return call<void>("memkernel_reference::memory_write_", pools, rank, rows, dropped);
   kernels().memory_write({unpacked.data(), static_cast<int64_t>(unpacked.size()), int32_data(rank), int32_data(drops), L,
                           M, W},
                          threads_for(bytes));
@@ -217,9 +226,9 @@ bool is_for_pytorch(DType dtype, int64_t rows, int64_t in, int64_t out, const Th
 
 Tensor linear(const Tensor& x, const Tensor& weight) {
   const int64_t in = last_size("x", x);
+  const auto dtype = kernel_dtype("x", x);
   expect("weight", weight, {-1, in}, x.scalar_type());
   const int64_t out = weight.size(0);
-  const auto dtype = kernel_dtype(x);
   const Threads threads = threads_for(bytes_of(weight));
   if (!dtype || in == 0 || !is_packed(weight, 1) || is_for_pytorch(*dtype, x.numel() / in, in, out, threads))
     return call<Tensor>("aten::linear", x, weight, std::nullopt);

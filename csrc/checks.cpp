@@ -55,7 +55,15 @@ void expect_at_least_0(const char* name, int64_t value) {
   if (value < 0) fail(std::string(name) + ": expected at least 0, got " + std::to_string(value));
 }
 
+void expect_distinct(const char* name, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (sizes[i] > 1 && strides[i] == 0)
+      fail(std::string(name) + ": expected elements that share no memory, got strides " + to_string(strides));
+}
+
 void expect_below(const char* name, const Tensor& t, int64_t limit) {
+  if (t.numel() == 0) return;
   const auto* values = static_cast<const int32_t*>(t.const_data_ptr());
   int32_t least = 0, most = -1;
   for (int64_t i = 0, n = t.numel(); i < n; ++i) {
@@ -67,11 +75,15 @@ void expect_below(const char* name, const Tensor& t, int64_t limit) {
          std::to_string(least < 0 ? least : most));
 }
 
-std::optional<DType> kernel_dtype(const Tensor& t) {
+std::optional<DType> kernel_dtype(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::BFloat16: return DType::bfloat16;
-    default: return std::nullopt;
+    case ScalarType::Double:
+    case ScalarType::Half: return std::nullopt;
+    default:
+      fail(std::string(name) + ": expected one of ['torch.float64', 'torch.float32', 'torch.bfloat16', " +
+           "'torch.float16'], got " + to_string(t.scalar_type()));
   }
 }
 
@@ -121,8 +133,7 @@ Rows rows_of(const Tensor& t, int64_t dims) {
 }
 
 Tensor empty(IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-  std::array<int64_t, 8> strides;
-  STD_TORCH_CHECK(shape.size() <= strides.size(), "at most 8 dimensions");
+  std::array<int64_t, 64> strides;  // PyTorch has no more dimensions
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= shape[i] > 1 ? shape[i] : 1) strides[i] = stride;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));

@@ -29,11 +29,14 @@ void expect(const char* name, const Tensor& t, IntHeaderOnlyArrayRef shape, Scal
 void expect_dims(const char* name, const Tensor& t, int64_t dims);
 void expect_at_least_0(const char* name, int64_t value);
 
+// Fails if elements of a tensor that is to be written share memory by a stride of 0.
+void expect_distinct(const char* name, const Tensor& t);
+
 // Fails unless 0 <= value < limit for all of a contiguous int32 tensor: these index memory.
 void expect_below(const char* name, const Tensor& t, int64_t limit);
 
-// The kernels' dtype for that of `t`, if they take it.
-std::optional<DType> kernel_dtype(const Tensor& t);
+// The kernels' dtype for that of `t`, if they take it; fails unless the reference does.
+std::optional<DType> kernel_dtype(const char* name, const Tensor& t);
 
 // Whether the last `dims` dimensions lie contiguously.
 bool is_packed(const Tensor& t, int64_t dims);

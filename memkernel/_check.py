@@ -1,8 +1,10 @@
 """The contracts of the ops, checked by every implementation: errors that name the argument, what was expected and what
-came. One function per op, of the op's name, over the tensors and sizes that its contract speaks of."""
+came. One function per op, of the op's name and with its arguments."""
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -18,16 +20,41 @@ def expect_at_least_0(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected at least 0, got {value}")
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> None:
+def expect_float(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected one of {[str(dtype) for dtype in DTYPES]}, got {tensor.dtype}")
+
+
+def expect_distinct(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if elements of a tensor that is to be written share memory."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(f"{name}: expected elements that share no memory, got strides {list(tensor.stride())}")
+
+
+def expect_below(name: str, tensor: Tensor, limit: int) -> None:
+    """Raise ValueError unless 0 <= value < limit for all integers. On other devices than the CPU the host would have to
+    wait for them, and while a graph is traced there are none: there they are not checked."""
+    if tensor.device.type != "cpu" or type(tensor) is not Tensor or torch.compiler.is_compiling() or not tensor.numel():
+        return
+    least, most = map(int, tensor.aminmax())
+    if least < 0 or most >= limit:
+        raise ValueError(f"{name}: expected values from 0 to {limit - 1}, got {least if least < 0 else most}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    expect_float("x", x)
     expect("weight", weight, x.shape[-1:], x.dtype, x.device)
 
 
-def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor) -> None:
+def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    expect_float("residual", residual)
+    expect_distinct("residual", residual)
     expect("x", x, residual.shape, residual.dtype, residual.device)
-    rms_norm(residual, weight)
+    expect("weight", weight, residual.shape[-1:], residual.dtype, residual.device)
 
 
 def swiglu(gate_up: Tensor) -> None:
+    expect_float("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up: expected an even last dimension (two halves), got {list(gate_up.shape)}")
 
@@ -46,6 +73,7 @@ def rope_write_(
     B, S, G, D = cache_key.shape
     T, Tq, H = key.shape[1], query.shape[1], query.shape[2]
     dtype, device = cache_key.dtype, cache_key.device
+    expect_float("cache_key", cache_key)
     expect("cache_value", cache_value, (B, S, G, D), dtype, device)
     expect("query", query, (B, min(Tq, T), H, D), dtype, device)
     expect("key", key, (B, min(T, S), G, D), dtype, device)
@@ -54,14 +82,20 @@ def rope_write_(
     expect("sin", sin, cos.shape, torch.float32, device)
     expect("start", start, (B,), torch.int32, device)
     expect_at_least_0("offset", offset)
+    expect_distinct("cache_key", cache_key)
+    expect_distinct("cache_value", cache_value)
+    expect_below("start", start, min(S, max(0, len(cos) - offset)) - T + 1)
 
 
 def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin: Tensor, offset: int) -> None:
+    expect_float("rotated", rotated)
     expect("key", key, rotated.shape, rotated.dtype, rotated.device)
     expect("rank", rank, rotated.shape[:-2], torch.int32, rotated.device)
     expect("cos", cos, (-1, rotated.shape[-1] // 2), torch.float32, rotated.device)
     expect("sin", sin, cos.shape, torch.float32, rotated.device)
     expect_at_least_0("offset", offset)
+    expect_distinct("rotated", rotated)
+    expect_below("rank", rank, max(0, len(cos) - offset))
 
 
 def memory_attention(
@@ -73,14 +107,16 @@ def memory_attention(
     if B % P or H % G:
         raise ValueError(f"query: expected a batch divisible by {P} pools and heads by {G}, got {list(query.shape)}")
     dtype, device = query.dtype, query.device
+    expect_float("query", query)
     expect("memory_key", memory_key, (P, M, G, D), dtype, device)
     expect("memory_value", memory_value, (P, M, G, D), dtype, device)
     expect("key", key, (B, max(S, T), G, D), dtype, device)
     expect("value", value, (B, S, G, D), dtype, device)
     expect("start", start, (B,), torch.int32, device)
+    expect_below("start", start, S - T + 1)
 
 
-def draw_ranks(state: Tensor, layers: int, rows: int, count: int) -> None:
+def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) -> None:
     expect("state", state, (2,), torch.int64, state.device)
     expect_at_least_0("layers", layers)
     if not 0 <= count <= rows or rows > 1 << 31:
@@ -92,6 +128,8 @@ def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped
     expect("rank", rank, (L, M), torch.int32, rank.device)
     expect("dropped", dropped, (L, min(W, M)), torch.int32, rank.device)
     pools_and_rows(pools, rows, rank, W)
+    expect_below("rank", rank, M)
+    expect_below("dropped", dropped, M)
 
 
 def pools_and_rows(pools: list[Tensor], rows: list[Tensor], rank: Tensor, W: int) -> None:
@@ -101,7 +139,10 @@ def pools_and_rows(pools: list[Tensor], rows: list[Tensor], rank: Tensor, W: int
     for i, (pool, new) in enumerate(zip(pools, rows, strict=True)):
         expect(f"pools[{i}]", pool, (L, M, *pool.shape[2:]), pool.dtype, rank.device)
         expect(f"rows[{i}]", new, (L, W, *pool.shape[2:]), pool.dtype, rank.device)
+        expect_distinct(f"pools[{i}]", pool)
+    expect_distinct("rank", rank)
 
 
 def linear(x: Tensor, weight: Tensor) -> None:
+    expect_float("x", x)
     expect("weight", weight, (-1, x.shape[-1]), x.dtype, x.device)

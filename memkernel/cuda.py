@@ -37,7 +37,7 @@ def draw_and_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], state
     (L, M), W = rank.shape, rows[0].shape[1] if rows else 0
     _check.expect("rank", rank, (L, M), torch.int32, rank.device)
     _check.expect("state", state, (2,), torch.int64, rank.device)
-    _check.draw_ranks(state, L, M, W)
+    _check.draw_ranks(state, L, M, W, shared)
     _check.pools_and_rows(pools, rows, rank, W)
     if not torch.ops.memkernel_cuda.draw_and_write_(pools, rank, rows, state, shared):
         reference.memory_write_(pools, rank, rows, reference.draw_ranks(state, L, M, W, shared))

@@ -3,8 +3,9 @@
 It is optional: without it the same ops run as plain PyTorch (`memkernel.reference`).
 
 The same call repeats bit for bit with the same number of threads and instruction set. With another number of threads
-attention may differ by rounding, for where heads and queries are few its keys are divided among threads and the parts
-merged; all other ops do not depend on it. Instruction sets round differently.
+two ops may differ by rounding, and no others: attention, since where heads and queries are few its keys are divided
+among threads and the parts merged, and `linear` of more than 32 rows, since whether PyTorch multiplies them depends on
+how many rows of the weight a thread gets. Instruction sets round differently.
 """
 
 from importlib.util import find_spec

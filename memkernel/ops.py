@@ -5,6 +5,7 @@ kernel registered under a device's own key (CPU: csrc/bindings.cpp; CUDA: `memke
 takes precedence there, and hands calls that it does not cover, such as float64, to the reference (C++ finds it under
 `memkernel_reference::<name>`). `torch.ops.memkernel.<name>` and the functions here are the same ops: torch.compile
 traces them, other serving stacks can embed them. They are for inference: gradients go through `memkernel.reference`.
+What an op writes must not share memory with its other arguments, which is not checked.
 
 Argument shapes, dtypes and what is written: see the function of the same name in `memkernel.reference`.
 """
@@ -14,7 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
-from memkernel import native, reference  # noqa: F401 - native registers its kernels
+from memkernel import _check, native, reference  # noqa: F401 - native registers its kernels
 
 WHY_NO_TRITON = None  # why CUDA devices run the reference
 try:
@@ -29,11 +30,16 @@ FALLBACK = torch.library.Library("memkernel_reference", "DEF")
 
 def _register(name: str, fake, writes: tuple[str, ...] = ()):
     """Define memkernel::`name` from the reference's signature; `fake` gives the outputs' shapes and dtypes."""
-    function = getattr(reference, name)
+    function, check = getattr(reference, name), getattr(_check, name)
+
+    def checked_fake(*args):  # it runs for calls with any meta tensor, too
+        check(*args)
+        return fake(*args)
+
     for library in (LIBRARY, FALLBACK):
         library.define(name + torch.library.infer_schema(function, mutates_args=writes))
         library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"memkernel::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"memkernel::{name}", checked_fake, lib=LIBRARY)
     if kernels:
         LIBRARY.impl(name, _on_its_device(getattr(kernels, name)), "CUDA")
     return getattr(torch.ops.memkernel, name).default

@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args: x [..., E]; weight [E], dtype of x. Returns [..., E], dtype of x.
     """
-    _check.rms_norm(x, weight)
+    _check.rms_norm(x, weight, eps)
     wide = _wide(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed.to(x.dtype) * weight).contiguous()
@@ -39,7 +39,7 @@ def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
 
     Args: residual [..., E], written; x [..., E]; weight [E]; one dtype. Returns [..., E].
     """
-    _check.add_rms_norm_(residual, x, weight)
+    _check.add_rms_norm_(residual, x, weight, eps)
     residual.add_(x)
     return rms_norm(residual, weight, eps)
 
@@ -78,7 +78,7 @@ def rope_write_(
     last Tq <= T of these rows.
 
     Args:
-        cache_key, cache_value: [B, S, G, D], written; start[b] + T <= S, not checked on the device.
+        cache_key, cache_value: [B, S, G, D], written; start[b] + T <= S, checked on the CPU only.
         query: [B, Tq, H, D]. key, value: [B, T, G, D]. One dtype for all five; the last two dimensions contiguous.
         cos, sin: [positions, D/2] float32, at least offset + max(start) + T positions.
         start: [B] int32, rows already in each sequence's cache.
@@ -92,7 +92,7 @@ def rope_write_(
     sequence_B1 = torch.arange(B, device=key.device)[:, None]
     cache_key[sequence_B1, row_BT] = _rotate(key, cos_BT1D, sin_BT1D)
     cache_value[sequence_B1, row_BT] = value
-    return _rotate(query, cos_BT1D[:, T - Tq :], sin_BT1D[:, T - Tq :])
+    return _rotate(query, cos_BT1D[:, T - Tq :], sin_BT1D[:, T - Tq :]).contiguous()
 
 
 def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin: Tensor, offset: int) -> None:
@@ -128,7 +128,7 @@ def memory_attention(
         query: [B, T, H, D], rotated.
         memory_key, memory_value: [P, M, G, D], keys rotated, M >= 0; pool p serves B / P consecutive sequences.
         key, value: [B, S, G, D], keys rotated; rows after start[b] + t are not seen but must be finite.
-        start: [B] int32, own rows before the first query; start[b] + T <= S, not checked on the device.
+        start: [B] int32, own rows before the first query; start[b] + T <= S, checked on the CPU only.
     Returns: [B, T, H, D] contiguous, dtype of query.
     """
     _check.memory_attention(query, memory_key, memory_value, key, value, start)
@@ -177,7 +177,7 @@ def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) 
         state: [2] int64, (seed, step). shared: one draw for all layers (that of layer 0).
     Returns: [layers, count] int32, in the order drawn, on state's device.
     """
-    _check.draw_ranks(state, layers, rows, count)
+    _check.draw_ranks(state, layers, rows, count, shared)
     words = torch.stack([state[0], state[0] >> 32, state[1], state[1] >> 32]) & MASK_32
     layer_L1 = torch.arange(1 if shared else layers, device=state.device)[:, None]
     seed_L1 = _mix(layer_L1 + 0x9E3779B9 & MASK_32)
@@ -210,7 +210,7 @@ def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped
     Args:
         pools: tensors [L, M, ...] (keys, values, ...), written. rows: as many tensors [L, W, ...], same dtypes.
         rank: [L, M] int32, a permutation of 0..M-1 per layer, written.
-        dropped: [L, W] int32, distinct ranks per layer; not checked on the device.
+        dropped: [L, W] int32, distinct ranks per layer, which is not checked.
     """
     _check.memory_write_(pools, rank, rows, dropped)
     L, M = rank.shape

@@ -141,17 +141,21 @@ def test_errors_are_those_of_the_reference(name, index, change):
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("namespace", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(
     "name, index, value",
     [("rope-ragged", 7, 12), ("rope-ragged", 7, -1), ("rotate-ragged", 2, 33), ("rotate-ragged", 2, -2)]
-    + [("attention-ragged-batch", 5, 16), ("write", 1, 40), ("write", 3, -1), ("write", 3, 40)],
+    + [("attention-ragged-batch", 5, 16), ("attention-ragged-batch", 5, -1), ("write", 1, 40), ("write", 3, -1)]
+    + [("write", 3, 40)],
 )
-def test_integers_that_point_outside_are_refused_and_nothing_is_written(name, index, value):
+def test_integers_that_point_outside_are_refused_and_nothing_is_written(name, index, value, dtype, namespace):
     op, args = CASES[name]()
+    args = cast(op, args, dtype)
     args[index].view(-1)[1] = value
     before = each(args, torch.clone)
     with pytest.raises(ValueError, match=f": expected values from 0 to .*, got {value}$"):
-        getattr(ops, op)(*args)
+        getattr(namespace, op)(*args)
     assert all(torch.equal(a, b) for a, b in zip(flat(args), flat(before), strict=True))
 
 
@@ -163,14 +167,24 @@ def test_an_offset_beyond_all_positions_is_refused():
         getattr(ops, op)(*args)
 
 
-@pytest.mark.parametrize("name", ["add-norm-ragged", "rotate-ragged"])
-def test_what_shares_memory_with_itself_is_not_written_to(name):
+@pytest.mark.parametrize("namespace", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize(
+    "name, index",
+    [("add-norm-ragged", 0), ("rotate-ragged", 0), ("rope-ragged", 0), ("rope-ragged", 1), ("write", 0), ("write", 1)],
+)
+def test_what_shares_memory_with_itself_is_not_written_to(name, index, namespace):
     op, args = CASES[name]()
-    args[0] = args[0][:1].expand(args[0].shape)
-    before = args[0].clone()
-    with pytest.raises(RuntimeError):
-        getattr(ops, op)(*args)
-    assert torch.equal(args[0], before)
+    wanted = args[index][0] if isinstance(args[index], list) else args[index]
+    shared = wanted[:1].expand(wanted.shape)
+    args[index] = [shared, *args[index][1:]] if isinstance(args[index], list) else shared
+    before = each(args, torch.clone)
+    with pytest.raises(ValueError, match="expected elements that share no memory, got strides"):
+        getattr(namespace, op)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(flat(args), flat(before), strict=True))
+
+
+def test_no_layers_are_walked_over_where_nothing_is_drawn():
+    assert ops.draw_ranks(torch.tensor([7, 3]), 1 << 60, 5, 0, True).shape == (1 << 60, 0)
 
 
 def test_ranks_that_are_not_distinct_write_nothing_outside_of_the_pool(isa):

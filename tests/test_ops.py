@@ -81,6 +81,46 @@ def test_strided_input_gives_the_strides_that_the_fake_promises(name):
     opcheck(op, (x, *rest))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", ["memory_attention", "rope_write_"])
+def test_queries_that_lie_otherwise_give_the_strides_that_the_fake_promises(name, dtype):
+    index = {"memory_attention": 0, "rope_write_": 2}[name]
+    args = [t.to(dtype) if t.is_floating_point() and t.ndim > 2 else t for t in arguments(name)[:-1]]
+    args.append(arguments(name)[-1])
+    plain = getattr(ops, name)(*args)
+    args[index] = args[index].permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # the tokens of a number together
+    assert getattr(ops, name)(*args).is_contiguous()
+    assert torch.equal(getattr(ops, name)(*args), plain)
+    opcheck(getattr(ops, name), tuple(args))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("draw_ranks", "swiglu")])
+def test_a_meta_tensor_among_others_is_refused(name):
+    """PyTorch then calls the fake, which computes nothing."""
+    args = list(arguments(name))
+    args[1] = args[1].to("meta")
+    with pytest.raises(ValueError, match="expected .* on (cpu|meta), got "):
+        getattr(ops, name)(*args)
+
+
+def test_fakes_check_shapes():
+    with pytest.raises(ValueError, match="^weight: expected "):
+        ops.rms_norm(torch.empty(2, 16, device="meta"), torch.empty(8, device="meta"), 1e-5)
+
+
+@pytest.mark.parametrize("namespace", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("draw_ranks", "memory_write_")])
+def test_numbers_that_are_not_floats_are_refused(name, namespace):
+    args = [arg.to(torch.int32) if isinstance(arg, torch.Tensor) else arg for arg in arguments(name)]
+    with pytest.raises(ValueError, match="expected one of .*torch.float16.*, got torch.int32"):
+        getattr(namespace, name)(*args)
+
+
+def test_a_tensor_may_have_many_dimensions():
+    x, weight = torch.randn([1] * 11 + [2, 16]), torch.rand(16)
+    assert torch.equal(ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x.view(2, 16), weight, 1e-5).view(x.shape))
+
+
 def test_every_reference_op_is_registered_and_no_other():
     public = {
         name for name, value in vars(reference).items() if callable(value) and value.__module__ == reference.__name__

@@ -41,6 +41,7 @@ struct Permutation {
 };
 
 void draw_ranks(const DrawRanks& a, const Threads& threads) {
+  if (a.count == 0) return;
   parallel(threads, a.L, [&](int64_t l) {
     const Permutation permute(a.seed, a.step, a.shared ? 0 : l, a.rows);
     int32_t* const out = a.out + l * a.count;

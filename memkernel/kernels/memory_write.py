@@ -138,7 +138,7 @@ def write_rows_kernel(
 
 def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) -> Tensor:
     """See `memkernel.reference.draw_ranks`; seed and step are read on the device, as a captured graph needs."""
-    _check.draw_ranks(state, layers, rows, count)
+    _check.draw_ranks(state, layers, rows, count, shared)
     drawn = torch.empty(layers, count, dtype=torch.int32, device=state.device)
     if drawn.numel():
         bits = max(2, (rows - 1).bit_length())

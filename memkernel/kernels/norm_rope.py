@@ -165,7 +165,7 @@ def rotate_memory_kernel(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `memkernel.reference.rms_norm`. Rows of up to 16384 elements, else the reference's; likewise below."""
-    _check.rms_norm(x, weight)
+    _check.rms_norm(x, weight, eps)
     if x.dtype not in DTYPES or x.shape[-1] > MAX_NORM:
         return reference.rms_norm(x, weight, eps)
     return _norm(None, x, weight, eps)
@@ -173,7 +173,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `memkernel.reference.add_rms_norm_`."""
-    _check.add_rms_norm_(residual, x, weight)
+    _check.add_rms_norm_(residual, x, weight, eps)
     if x.dtype not in DTYPES or x.shape[-1] > MAX_NORM or _rows(residual, 1) is None:
         return reference.add_rms_norm_(residual, x, weight, eps)
     return _norm(residual, x, weight, eps)
