@@ -2,7 +2,7 @@
 
 For CPUs csrc/*.cpp is compiled once, csrc/cpu/*.cpp once per instruction set; csrc/cuda/ only where there are nvcc and
 a CUDA build of torch. Where that fails (no compiler, no torch headers) memkernel is installed without the extension and
-computes with its other ops.
+computes with its other ops; the reason lies beside the modules, where `memkernel env` finds it.
 """
 
 import os
@@ -27,6 +27,7 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",  # clang has no such warning
 ]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -54,14 +55,28 @@ def nvcc() -> str | None:
 class Build(build_ext):
     def run(self):
         self.force = True  # flags may have changed, which no time stamp tells
+        self.failures: dict[str, Exception] = {}
+        places = {}  # of each extension, and of the reason why it is not there
         for name in [extension.name for extension in self.extensions]:
             built = [Path(self.build_lib) / self.get_ext_filename(name)]
             built += [Path(self.get_ext_fullpath(name))] * bool(self.inplace)
-            for path in built:  # if this build fails, no older one must be left to be used
+            places[name] = [path.with_name(name.rpartition(".")[2] + ".failed.txt") for path in built]
+            for path in (*built, *places[name]):  # if this build fails, no older one must be left to be used
                 path.unlink(missing_ok=True)
         super().run()
+        for name, error in self.failures.items():
+            for path in places[name]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"{error}\n")
 
     def build_extension(self, extension):
+        try:
+            self.build(extension)
+        except Exception as error:
+            self.failures[extension.name] = error
+            raise
+
+    def build(self, extension):
         torch = torch_folder()
         if torch is None:
             raise CompileError("found no torch >= 2.10, whose headers the extension needs")

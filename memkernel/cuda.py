@@ -4,21 +4,16 @@ It is built from csrc/cuda/ where nvcc and a CUDA build of PyTorch are found on 
 Triton kernels (`memkernel.kernels`); this one stands beside them to be measured, and is chosen by calling it.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from memkernel import _check, reference
+from memkernel import _check, native, reference
 
 WHY_NOT = None  # why there is no such kernel
 try:
     from memkernel import _cuda  # noqa: F401 - it registers the kernel
 except ImportError as error:
-    if find_spec("memkernel._cuda"):
-        WHY_NOT = f"the extension failed to load: {error}"
-    else:
-        WHY_NOT = "the extension was not built when memkernel was installed: it needs nvcc and a CUDA build of PyTorch"
+    WHY_NOT = native.why_not("_cuda", error, "it needs nvcc and a CUDA build of PyTorch")
 
 
 def draw_and_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], state: Tensor, shared: bool) -> None:

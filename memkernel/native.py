@@ -9,18 +9,26 @@ how many rows of the weight a thread gets. Instruction sets round differently.
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch  # noqa: F401 - loads the libraries that the extension is linked to
+
+
+def why_not(extension: str, error: ImportError, needs: str) -> str:
+    """Why this extension of the package cannot be imported, in words for users."""
+    if find_spec(f"memkernel.{extension}"):
+        return f"the extension failed to load: {error}"
+    reason = Path(__file__).with_name(f"{extension}.failed.txt")  # setup.py leaves it
+    if reason.exists():
+        return f"the extension was not built: {reason.read_text().strip()} (`pip install -v` shows more)"
+    return f"the extension was not built: {needs}"
+
 
 WHY_NOT = None  # why there are no kernels
 try:
     from memkernel import _C
 except ImportError as error:
-    _C = None
-    if find_spec("memkernel._C"):
-        WHY_NOT = f"the extension failed to load: {error}"
-    else:
-        WHY_NOT = "the extension was not built when memkernel was installed; `pip install -v` shows why"
+    _C, WHY_NOT = None, why_not("_C", error, "installing memkernel does that")
 
 
 def isas() -> list[str]:

@@ -307,7 +307,14 @@ x = torch.randn(3, 64)
 assert torch.equal(ops.swiglu(x), reference.swiglu(x)) and native.isas() == [] and native.isa() is None
 print(native.WHY_NOT)"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("the extension was not built")
+    assert done.stdout.startswith("the extension was not built: ")
+
+
+def test_the_reason_that_a_failed_build_left_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    (tmp_path / "_gone.failed.txt").write_text("no such file: 'g++'\n")
+    assert "not built: no such file: 'g++' (" in native.why_not("_gone", ImportError(), "it needs luck")
+    assert native.why_not("_other", ImportError(), "it needs luck") == "the extension was not built: it needs luck"
 
 
 def test_a_closed_pipe_is_no_error(folder):

@@ -82,7 +82,7 @@ struct DotTile {
     f32x sums[N * O];
 #pragma GCC unroll 32  // or the sums are kept in memory
     for (int s = 0; s < N * O; ++s) sums[s] = begin ? load(sums_so_far + s * LANES) : f32x{};
-    const auto step = [&](int64_t i, auto load_weights) {
+    const auto step = [&sums, &a = a, x = x, weight = weight](int64_t i, auto load_weights) {
       typename D::Numbers weights[O];
 #pragma GCC unroll 8
       for (int k = 0; k < O; ++k) weights[k] = load_weights(weight + k * a.weight_out + i);
@@ -98,7 +98,7 @@ struct DotTile {
       fetch_far(reinterpret_cast<const char*>(next + O * (i - begin)), O * D::SIZE * sizeof(Scalar));
       step(i, [](const Scalar* p) { return D::load_weights(p); });
     }
-    if (whole < end) step(whole, [&](const Scalar* p) { return D::load_weights(p, end - whole); });
+    if (whole < end) step(whole, [left = end - whole](const Scalar* p) { return D::load_weights(p, left); });
     if (end < a.in) {
 #pragma GCC unroll 32
       for (int s = 0; s < N * O; ++s) store(sums_so_far + s * LANES, sums[s]);

@@ -12,7 +12,7 @@ constexpr int PANEL = VECTORS * LANES;  // columns of a packed operand that lie 
 
 // Operands of the products are 32-bit words: a float, or two bf16 where the processor multiplies and adds pairs.
 template <class Scalar>
-constexpr int PER_WORD = 1;
+inline constexpr int PER_WORD = 1;
 
 template <class Scalar>
 inline f32x multiply_add(f32x a, f32x b, f32x sum) {
@@ -27,7 +27,7 @@ inline void interleave(const f32x (&row)[PER_WORD<Scalar>], f32x* to) {
 
 #if defined(__AVX512BF16__)
 template <>
-constexpr int PER_WORD<bf16> = 2;
+inline constexpr int PER_WORD<bf16> = 2;
 
 template <>
 inline f32x multiply_add<bf16>(f32x a, f32x b, f32x sum) {
@@ -45,7 +45,7 @@ inline void interleave<bf16>(const f32x (&row)[2], f32x* to) {
 #endif
 
 template <class Scalar>
-constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
+inline constexpr int64_t WORD_BYTES = PER_WORD<Scalar> * sizeof(Scalar);  // as it lies in memory
 
 template <class Scalar>
 inline f32x load_words(const Scalar* from) {
