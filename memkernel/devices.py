@@ -2,6 +2,8 @@
 
 import torch
 
+from memkernel import native
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,5 +43,5 @@ def choose(device: str | torch.device, dtype: str | torch.dtype) -> tuple[torch.
 
 def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware: AVX-512 BF16, AMX, or Arm's BF16."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell: float32 then
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell, but our kernels
+    return "avx512_bf16" in native.isas() or any(capabilities.get(x) for x in ("avx512_bf16", "amx_bf16", "bf16"))
