@@ -27,7 +27,7 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
-    "-Wno-unknown-warning-option",  # clang has no such warning
+    "-Wno-unknown-warning-option",  # clang does not know the one above
 ]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -57,7 +57,7 @@ class Build(build_ext):
         self.force = True  # flags may have changed, which no time stamp tells
         self.failures: dict[str, Exception] = {}
         places = {}  # of each extension, and of the reason why it is not there
-        for name in [extension.name for extension in self.extensions]:
+        for name in ("memkernel._C", "memkernel._cuda"):  # whichever are built now
             built = [Path(self.build_lib) / self.get_ext_filename(name)]
             built += [Path(self.get_ext_fullpath(name))] * bool(self.inplace)
             places[name] = [path.with_name(name.rpartition(".")[2] + ".failed.txt") for path in built]
@@ -67,7 +67,7 @@ class Build(build_ext):
         for name, error in self.failures.items():
             for path in places[name]:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(f"{error}\n")
+                path.write_text(f"{error}\n", "utf-8")
 
     def build_extension(self, extension):
         try:

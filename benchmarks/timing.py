@@ -124,9 +124,9 @@ class Clock:
         gauge: Callable[[], Ceilings],
     ) -> Rounds:
         """Rounds A B, B A, A B: `min_rounds`, unless they would take longer than PATIENCE seconds, and more until
-        `budget` seconds are spent. `gauge` comes before the first contender or, backwards, after it: rates that change
-        within a round are its own. Each round calls the quick contenders several times. Every contender has been called
-        before, which took `first` seconds; one that raises is out."""
+        `budget` seconds are spent. `gauge` comes before the first contender or, backwards, after it: the rates are
+        those of the moment when that one ran. Each round calls the quick contenders several times. Every contender has
+        been called before, which took `first` seconds; one that raises is out."""
         left, rounds = dict(contenders), Rounds({name: Samples() for name in contenders})
 
         def timed(name: str, calls: int) -> list[tuple[float, float]]:

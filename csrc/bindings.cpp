@@ -53,8 +53,7 @@ Tensor add_rms_norm_(const Tensor& residual, const Tensor& x, const Tensor& weig
 
 Tensor swiglu(const Tensor& gate_up) {
   const auto dtype = kernel_dtype("gate_up", gate_up);
-  if (last_size("gate_up", gate_up) % 2)
-    fail("gate_up: expected an even last dimension (two halves), got " + to_string(gate_up.sizes()));
+  expect_even("gate_up", gate_up);
   if (!dtype) return call<Tensor>("memkernel_reference::swiglu", gate_up);
   const Rows rows = rows_of(gate_up, 1);
   std::vector<int64_t> half(gate_up.sizes().begin(), gate_up.sizes().end());
@@ -74,6 +73,7 @@ Tensor rope_write_(const Tensor& cache_key, const Tensor& cache_value, const Ten
   const int64_t T = key.size(1), Tq = query.size(1), H = query.size(2);
   const ScalarType type = cache_key.scalar_type();
   const auto dtype = kernel_dtype("cache_key", cache_key);
+  expect_even("cache_key", cache_key);
   expect("cache_value", cache_value, {B, S, G, D}, type);
   expect("query", query, {B, std::min(Tq, T), H, D}, type);
   expect("key", key, {B, std::min(T, S), G, D}, type);
@@ -86,7 +86,7 @@ Tensor rope_write_(const Tensor& cache_key, const Tensor& cache_value, const Ten
   expect_distinct("cache_value", cache_value);
   const Tensor starts = packed(start, 1);
   expect_below("start", starts, std::min(S, std::max<int64_t>(0, cos.size(0) - offset)) - T + 1);
-  if (!dtype || D % 2 || !is_packed(cache_key, 2) || !is_packed(cache_value, 2) || !is_distinct(cache_key) ||
+  if (!dtype || !is_packed(cache_key, 2) || !is_packed(cache_value, 2) || !is_distinct(cache_key) ||
       !is_distinct(cache_value))
     return call<Tensor>("memkernel_reference::rope_write_", cache_key, cache_value, query, key, value, cos, sin, start,
                         offset);
@@ -108,6 +108,7 @@ void rotate_memory_(const Tensor& rotated, const Tensor& key, const Tensor& rank
   if (shape.size() < 3) fail("rotated: expected [..., M, G, D], got " + to_string(shape));
   const int64_t G = rotated.size(-2), D = rotated.size(-1);
   const auto dtype = kernel_dtype("rotated", rotated);
+  expect_even("rotated", rotated);
   expect("key", key, shape, rotated.scalar_type());
   expect("rank", rank, IntHeaderOnlyArrayRef(shape.data(), shape.size() - 2), ScalarType::Int);
   expect("cos", cos, {-1, D / 2}, ScalarType::Float);
@@ -117,7 +118,7 @@ void rotate_memory_(const Tensor& rotated, const Tensor& key, const Tensor& rank
   const Tensor ranks = packed(rank, rank.dim());
   expect_below("rank", ranks, std::max<int64_t>(0, cos.size(0) - offset));
   const auto written = rows_in_place(rotated, 2);
-  if (!dtype || D % 2 || !written || !is_distinct(rotated))
+  if (!dtype || !written || !is_distinct(rotated))
     return call<void>("memkernel_reference::rotate_memory_", rotated, key, rank, cos, sin, offset);
   const Rows rows = rows_of(key, 2);
   const Tensor cosines = packed(cos, 2), sines = packed(sin, 2);
@@ -146,7 +147,7 @@ Tensor memory_attention(const Tensor& query, const Tensor& memory_key, const Ten
   expect("start", start, {B}, ScalarType::Int);
   const Tensor starts = packed(start, 1);
   expect_below("start", starts, S - T + 1);
-  if (dtype && query.numel() == 0) return empty(query.sizes(), type);
+  if (query.numel() == 0) return empty(query.sizes(), type);
   if (!dtype || D % 2)
     return call<Tensor>("memkernel_reference::memory_attention", query, memory_key, memory_value, key, value, start);
   const Tensor q = packed(query, 2), mk = packed(memory_key, 2), mv = packed(memory_value, 2);

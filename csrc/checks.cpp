@@ -51,13 +51,19 @@ void expect_dims(const char* name, const Tensor& t, int64_t dims) {
     fail(std::string(name) + ": expected " + std::to_string(dims) + " dimensions, got " + to_string(t.sizes()));
 }
 
+void expect_even(const char* name, const Tensor& t) {
+  if (t.dim() == 0) fail(std::string(name) + ": expected at least one dimension, got []");
+  if (t.size(-1) % 2)
+    fail(std::string(name) + ": expected an even last dimension (two halves), got " + to_string(t.sizes()));
+}
+
 void expect_at_least_0(const char* name, int64_t value) {
   if (value < 0) fail(std::string(name) + ": expected at least 0, got " + std::to_string(value));
 }
 
 void expect_distinct(const char* name, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
-  for (int64_t i = 0; i < t.dim(); ++i)
+  for (int64_t i = 0; i < t.dim() && t.numel(); ++i)
     if (sizes[i] > 1 && strides[i] == 0)
       fail(std::string(name) + ": expected elements that share no memory, got strides " + to_string(strides));
 }
@@ -133,7 +139,7 @@ Rows rows_of(const Tensor& t, int64_t dims) {
 }
 
 Tensor empty(IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-  std::array<int64_t, 64> strides;  // PyTorch has no more dimensions
+  std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= shape[i] > 1 ? shape[i] : 1) strides[i] = stride;
   const auto shim_dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));

@@ -1,6 +1,8 @@
 """The contracts of the ops, checked by every implementation: errors that name the argument, what was expected and what
 came. One function per op, of the op's name and with its arguments."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,29 +27,47 @@ def expect_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected one of {[str(dtype) for dtype in DTYPES]}, got {tensor.dtype}")
 
 
+def expect_last(name: str, tensor: Tensor, even: bool = False) -> None:
+    if tensor.ndim == 0:
+        raise ValueError(f"{name}: expected at least one dimension, got []")
+    if even and tensor.shape[-1] % 2:
+        raise ValueError(f"{name}: expected an even last dimension (two halves), got {list(tensor.shape)}")
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Not one that stands for others while a graph is traced."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def expect_distinct(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if elements of a tensor that is to be written share memory."""
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    """Raise ValueError if elements of a tensor that is to be written share memory by a stride of 0."""
+    dims = zip(tensor.shape, tensor.stride(), strict=True)
+    if _is_real(tensor) and tensor.numel() and any(stride == 0 and size > 1 for size, stride in dims):
         raise ValueError(f"{name}: expected elements that share no memory, got strides {list(tensor.stride())}")
 
 
-def expect_below(name: str, tensor: Tensor, limit: int) -> None:
-    """Raise ValueError unless 0 <= value < limit for all integers. On other devices than the CPU the host would have to
-    wait for them, and while a graph is traced there are none: there they are not checked."""
-    if tensor.device.type != "cpu" or type(tensor) is not Tensor or torch.compiler.is_compiling() or not tensor.numel():
+def expect_below(name: str, tensor: Tensor, limit: Callable[[], int]) -> None:
+    """Raise ValueError unless 0 <= value < limit for all integers. Not checked on devices that the host would have to
+    wait for, nor where there are no values: in traces and under torch.func's transforms."""
+    if tensor.device.type != "cpu" or not _is_real(tensor) or not tensor.numel():
         return
-    least, most = map(int, tensor.aminmax())
-    if least < 0 or most >= limit:
-        raise ValueError(f"{name}: expected values from 0 to {limit - 1}, got {least if least < 0 else most}")
+    try:
+        least, most = map(int, tensor.aminmax())
+    except RuntimeError:
+        return
+    if least < 0 or most >= limit():
+        raise ValueError(f"{name}: expected values from 0 to {limit() - 1}, got {least if least < 0 else most}")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     expect_float("x", x)
+    expect_last("x", x)
     expect("weight", weight, x.shape[-1:], x.dtype, x.device)
 
 
 def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
     expect_float("residual", residual)
+    expect_last("residual", residual)
     expect_distinct("residual", residual)
     expect("x", x, residual.shape, residual.dtype, residual.device)
     expect("weight", weight, residual.shape[-1:], residual.dtype, residual.device)
@@ -55,8 +75,7 @@ def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> No
 
 def swiglu(gate_up: Tensor) -> None:
     expect_float("gate_up", gate_up)
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up: expected an even last dimension (two halves), got {list(gate_up.shape)}")
+    expect_last("gate_up", gate_up, even=True)
 
 
 def rope_write_(
@@ -74,6 +93,7 @@ def rope_write_(
     T, Tq, H = key.shape[1], query.shape[1], query.shape[2]
     dtype, device = cache_key.dtype, cache_key.device
     expect_float("cache_key", cache_key)
+    expect_last("cache_key", cache_key, even=True)
     expect("cache_value", cache_value, (B, S, G, D), dtype, device)
     expect("query", query, (B, min(Tq, T), H, D), dtype, device)
     expect("key", key, (B, min(T, S), G, D), dtype, device)
@@ -84,18 +104,19 @@ def rope_write_(
     expect_at_least_0("offset", offset)
     expect_distinct("cache_key", cache_key)
     expect_distinct("cache_value", cache_value)
-    expect_below("start", start, min(S, max(0, len(cos) - offset)) - T + 1)
+    expect_below("start", start, lambda: min(S, max(0, len(cos) - offset)) - T + 1)
 
 
 def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin: Tensor, offset: int) -> None:
     expect_float("rotated", rotated)
+    expect_last("rotated", rotated, even=True)
     expect("key", key, rotated.shape, rotated.dtype, rotated.device)
     expect("rank", rank, rotated.shape[:-2], torch.int32, rotated.device)
     expect("cos", cos, (-1, rotated.shape[-1] // 2), torch.float32, rotated.device)
     expect("sin", sin, cos.shape, torch.float32, rotated.device)
     expect_at_least_0("offset", offset)
     expect_distinct("rotated", rotated)
-    expect_below("rank", rank, max(0, len(cos) - offset))
+    expect_below("rank", rank, lambda: max(0, len(cos) - offset))
 
 
 def memory_attention(
@@ -104,7 +125,7 @@ def memory_attention(
     B, T, H, D = query.shape
     P, M, G, _ = memory_key.shape
     S = key.shape[1]
-    if B % P or H % G:
+    if P == 0 or G == 0 or B % P or H % G:
         raise ValueError(f"query: expected a batch divisible by {P} pools and heads by {G}, got {list(query.shape)}")
     dtype, device = query.dtype, query.device
     expect_float("query", query)
@@ -113,7 +134,7 @@ def memory_attention(
     expect("key", key, (B, max(S, T), G, D), dtype, device)
     expect("value", value, (B, S, G, D), dtype, device)
     expect("start", start, (B,), torch.int32, device)
-    expect_below("start", start, S - T + 1)
+    expect_below("start", start, lambda: S - T + 1)
 
 
 def draw_ranks(state: Tensor, layers: int, rows: int, count: int, shared: bool) -> None:
@@ -128,8 +149,8 @@ def memory_write_(pools: list[Tensor], rank: Tensor, rows: list[Tensor], dropped
     expect("rank", rank, (L, M), torch.int32, rank.device)
     expect("dropped", dropped, (L, min(W, M)), torch.int32, rank.device)
     pools_and_rows(pools, rows, rank, W)
-    expect_below("rank", rank, M)
-    expect_below("dropped", dropped, M)
+    expect_below("rank", rank, lambda: M)
+    expect_below("dropped", dropped, lambda: M)
 
 
 def pools_and_rows(pools: list[Tensor], rows: list[Tensor], rank: Tensor, W: int) -> None:
@@ -145,4 +166,5 @@ def pools_and_rows(pools: list[Tensor], rows: list[Tensor], rank: Tensor, W: int
 
 def linear(x: Tensor, weight: Tensor) -> None:
     expect_float("x", x)
+    expect_last("x", x)
     expect("weight", weight, (-1, x.shape[-1]), x.dtype, x.device)

@@ -3,8 +3,7 @@
 import torch
 
 from memkernel import native
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from memkernel._check import DTYPES
 
 
 def find_device(device: str | torch.device) -> torch.device:

@@ -20,7 +20,7 @@ def why_not(extension: str, error: ImportError, needs: str) -> str:
         return f"the extension failed to load: {error}"
     reason = Path(__file__).with_name(f"{extension}.failed.txt")  # setup.py leaves it
     if reason.exists():
-        return f"the extension was not built: {reason.read_text().strip()} (`pip install -v` shows more)"
+        needs = f"{reason.read_text('utf-8', 'replace').strip()} (`pip install -v` shows more)"
     return f"the extension was not built: {needs}"
 
 

@@ -5,7 +5,8 @@ kernel registered under a device's own key (CPU: csrc/bindings.cpp; CUDA: `memke
 takes precedence there, and hands calls that it does not cover, such as float64, to the reference (C++ finds it under
 `memkernel_reference::<name>`). `torch.ops.memkernel.<name>` and the functions here are the same ops: torch.compile
 traces them, other serving stacks can embed them. They are for inference: gradients go through `memkernel.reference`.
-What an op writes must not share memory with its other arguments, which is not checked.
+What an op writes must share memory neither with its other arguments nor, but for strides of 0, which are refused, with
+itself: that is not checked.
 
 Argument shapes, dtypes and what is written: see the function of the same name in `memkernel.reference`.
 """

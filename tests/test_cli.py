@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -14,7 +15,7 @@ import pytest
 import safetensors
 import torch
 
-from memkernel import Engine, __version__, cuda, demo, huge_pages, memory_file, native, ops, tiny
+from memkernel import Engine, __version__, cuda, demo, devices, huge_pages, memory_file, native, ops, tiny
 from memkernel.cli import main
 from memkernel.config import ModelConfig
 from memkernel.training import facts, words
@@ -310,11 +311,39 @@ print(native.WHY_NOT)"""
     assert done.stdout.startswith("the extension was not built: ")
 
 
-def test_the_reason_that_a_failed_build_left_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    (tmp_path / "_gone.failed.txt").write_text("no such file: 'g++'\n")
-    assert "not built: no such file: 'g++' (" in native.why_not("_gone", ImportError(), "it needs luck")
-    assert native.why_not("_other", ImportError(), "it needs luck") == "the extension was not built: it needs luck"
+def test_a_failed_build_leaves_its_reason_and_no_older_one(tmp_path, monkeypatch):
+    pytest.importorskip("setuptools")
+    root = Path(__file__).parent.parent
+    for name in ("setup.py", "build_backend.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    for folder in ("csrc", "memkernel"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "small"))
+    stale = tmp_path / "memkernel/_cuda.failed.txt"
+    stale.write_text("of an earlier build")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--build-lib", "build/lib"]
+    missing = str(tmp_path / "no-compiler")
+    environment = os.environ | {"CC": missing, "CXX": missing}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    for folder in (tmp_path / "memkernel", tmp_path / "build/lib/memkernel"):
+        monkeypatch.setattr(native, "__file__", str(folder / "native.py"))
+        monkeypatch.setattr(native, "find_spec", lambda name: None)
+        assert missing in native.why_not("_C", ImportError(), "it needs luck")
+        assert native.why_not("_cuda", ImportError(), "it needs luck") == "the extension was not built: it needs luck"
+
+
+@pytest.mark.parametrize(
+    "capabilities, isas, has",
+    [
+        ({}, ["portable"], False),
+        ({}, ["avx512_bf16"], True),
+        ({"amx_bf16": True}, [], True),
+        ({"bf16": False}, [], False),
+    ],
+)
+def test_which_processors_multiply_bfloat16(capabilities, isas, has, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(native, "isas", lambda: isas)
+    assert devices.cpu_has_bfloat16() is has
 
 
 def test_a_closed_pipe_is_no_error(folder):

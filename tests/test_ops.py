@@ -116,9 +116,67 @@ def test_numbers_that_are_not_floats_are_refused(name, namespace):
         getattr(namespace, name)(*args)
 
 
-def test_a_tensor_may_have_many_dimensions():
-    x, weight = torch.randn([1] * 11 + [2, 16]), torch.rand(16)
-    assert torch.equal(ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x.view(2, 16), weight, 1e-5).view(x.shape))
+@pytest.mark.parametrize("dims", [9, 70])
+def test_a_tensor_may_have_many_dimensions(dims):
+    x, weight = torch.randn(2, 16), torch.rand(16)
+    many = x.as_strided([1] * (dims - 2) + [2, 16], [32] * (dims - 2) + [16, 1])
+    assert torch.equal(ops.rms_norm(many, weight, 1e-5).flatten(), ops.rms_norm(x, weight, 1e-5).flatten())
+
+
+def test_sizes_that_are_known_at_run_time_only_compile_whole():
+    def normed(residual, kept, x, weight):
+        residual = residual[kept]
+        return ops.add_rms_norm_(residual, x[kept], weight, 1e-5)
+
+    args = torch.randn(6, 16), torch.arange(6) % 2 == 0, torch.randn(6, 16), torch.rand(16)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(normed, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*args), normed(*args))
+
+
+def test_longer_tables_and_other_offsets_need_no_further_compilation():
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda *args: ops.rope_write_(*args), fullgraph=True, dynamic=True, backend=count)
+    for longer, offset in ((0, 5), (8, 6), (64, 30)):
+        args = list(arguments("rope_write_"))
+        args[5:7] = (torch.cat([table, torch.rand(longer + offset, 8)]) for table in args[5:7])
+        args[8] = offset
+        assert torch.equal(compiled(*args), ops.rope_write_(*args))
+    assert len(graphs) == 1
+
+
+def test_the_reference_can_be_vmapped():
+    query, memory_key, memory_value, key, value, start = arguments("memory_attention")
+    queries = torch.stack([query, 2 * query])
+    rest = (memory_key, memory_value, key, value)
+    got = torch.func.vmap(lambda q, s: reference.memory_attention(q, *rest, s))(queries, torch.stack([start, start]))
+    torch.testing.assert_close(got, torch.stack([reference.memory_attention(q, *rest, start) for q in queries]))
+
+
+@pytest.mark.parametrize("namespace", [ops, reference], ids=["ops", "reference"])
+def test_degenerate_shapes(namespace):
+    for name, index, wrong in (
+        ("rms_norm", 0, torch.tensor(1.0)),
+        ("swiglu", 0, torch.tensor(1.0)),
+        ("linear", 0, torch.tensor(1.0)),
+        ("memory_attention", 1, torch.randn(0, 7, 2, 16)),
+        ("rotate_memory_", 0, torch.randn(2, 10, 2, 15)),
+        ("rope_write_", 0, torch.randn(2, 8, 2, 15)),
+    ):
+        args = list(arguments(name))
+        args[index] = wrong
+        with pytest.raises(ValueError, match="^(x|gate_up|query|rotated|cache_key): expected "):
+            getattr(namespace, name)(*args)
+    nothing = torch.randn(2, 3, 4, 0), *torch.randn(4, 2, 3, 2, 0), torch.zeros(2, dtype=torch.int32)
+    for dtype in (torch.float32, torch.float64):
+        cast = [t.to(dtype) if t.is_floating_point() else t for t in nothing]
+        assert namespace.memory_attention(*cast).shape == (2, 3, 4, 0)
 
 
 def test_every_reference_op_is_registered_and_no_other():

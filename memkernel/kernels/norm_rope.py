@@ -227,8 +227,7 @@ def rope_write_(
     """See `memkernel.reference.rope_write_`; `start` is read on the device."""
     _check.rope_write_(cache_key, cache_value, query, key, value, cos, sin, start, offset)
     (B, T, G, D), (Tq, H) = key.shape, query.shape[1:3]
-    covered = key.dtype in DTYPES and D % 2 == 0
-    if not covered or not (_has_packed_heads(cache_key) and _has_packed_heads(cache_value)):
+    if key.dtype not in DTYPES or not (_has_packed_heads(cache_key) and _has_packed_heads(cache_value)):
         return reference.rope_write_(cache_key, cache_value, query, key, value, cos, sin, start, offset)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if key.numel():
@@ -265,7 +264,7 @@ def rotate_memory_(rotated: Tensor, key: Tensor, rank: Tensor, cos: Tensor, sin:
         return None
     G, D = rotated.shape[-2:]
     rotated_NX = _rows(rotated, 2)
-    if key.dtype not in DTYPES or D % 2 or rotated_NX is None:
+    if key.dtype not in DTYPES or rotated_NX is None:
         return reference.rotate_memory_(rotated, key, rank, cos, sin, offset)
     key_NX, N = _rows_or_copy(key, 2), len(rotated_NX)
     heads, pairs = tiles.next_power_of_2(G), tiles.next_power_of_2(D // 2)
