@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from memkernel import ops, reference
+from memkernel import _check, ops, reference
 
 NAMES = [
     "add_rms_norm_",
@@ -101,6 +101,10 @@ def test_a_meta_tensor_among_others_is_refused(name):
     args[1] = args[1].to("meta")
     with pytest.raises(ValueError, match="expected .* on (cpu|meta), got "):
         getattr(ops, name)(*args)
+
+
+def test_indices_are_read_on_the_cpu_only():
+    _check.expect_below("start", torch.empty(2, dtype=torch.int32, device="meta"), lambda: pytest.fail("was asked for"))
 
 
 def test_fakes_check_shapes():
