@@ -21,6 +21,11 @@ int64_t last_size(const char* name, const Tensor& t) {
   return t.size(-1);
 }
 
+void expect_even(const char* name, const Tensor& t) {
+  if (last_size(name, t) % 2)
+    fail(std::string(name) + ": expected an even last dimension (two halves), got " + to_string(t.sizes()));
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const int64_t E = last_size("x", x);
   const auto dtype = kernel_dtype("x", x);

@@ -27,7 +27,6 @@ std::string to_string(IntHeaderOnlyArrayRef shape);
 void expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype);
 void expect(const char* name, const Tensor& t, IntHeaderOnlyArrayRef shape, ScalarType dtype);
 void expect_dims(const char* name, const Tensor& t, int64_t dims);
-void expect_even(const char* name, const Tensor& t);  // the last dimension
 void expect_at_least_0(const char* name, int64_t value);
 
 // Fails if elements of a tensor that is to be written share memory by a stride of 0.

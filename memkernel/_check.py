@@ -48,7 +48,8 @@ def expect_distinct(name: str, tensor: Tensor) -> None:
 
 def expect_below(name: str, tensor: Tensor, limit: Callable[[], int]) -> None:
     """Raise ValueError unless 0 <= value < limit for all integers. Not checked on devices that the host would have to
-    wait for, nor where there are no values: in traces and under torch.func's transforms."""
+    wait for, nor where there are no values: in traces and under torch.func's transforms. There `limit` is not asked
+    for either, so that a graph is not bound to the sizes that it is computed from."""
     if tensor.device.type != "cpu" or not _is_real(tensor) or not tensor.numel():
         return
     try:

@@ -135,9 +135,9 @@ def memory_attention(
     B, T, H, D = query.shape
     P, M, G, _ = memory_key.shape
     S = key.shape[1]
-    # One tall product per (pool, key/value head); its rows are the queries of all sequences and heads that share it.
     if query.numel() == 0:
         return query.clone(memory_format=torch.contiguous_format)
+    # One tall product per (pool, key/value head); its rows are the queries of all sequences and heads that share it.
     N, R = B // P, T * H // G
     query_BGRD = _wide(query).unflatten(2, (G, H // G)).permute(0, 2, 1, 3, 4).reshape(B, G, R, D) * D**-0.5
     query_PGXD = query_BGRD.unflatten(0, (P, N)).transpose(1, 2).reshape(P, G, N * R, D)
